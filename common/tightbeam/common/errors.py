@@ -1,0 +1,187 @@
+"""Every error that a user or a peer can cause, with the cure in its text.
+
+    TightbeamError
+    |-- UsageError                 what the user gave is wrong: exit code 2, never retried
+    |   |-- RecipeError            a recipe key or value
+    |   |-- DataError              a data file, with its line
+    |   |-- CutError               a cut that this model or this cloud does not allow
+    |   |-- UnsupportedModelError  a model that cannot be cut, and why
+    |   |-- IdentityError          missing, foreign or expired certificates
+    |   `-- FingerprintError       weights or a cache that belong to another backbone
+    |-- StepRefusedError           the cloud will never accept this step: permanent
+    |   |-- StepTooLargeError
+    |   |-- NonFiniteError         NaN or Inf in a tensor
+    |   `-- StepConflictError      the same step key with another content
+    |-- WireError                  bytes that are not what the protocol says
+    |   |-- IntegrityError         a record that does not authenticate
+    |   |-- ProtocolError          a malformed or unexpected message
+    |   `-- CodecError             a payload that its codec cannot decode
+    |-- UnknownStepError           the cloud no longer holds this step: send the inputs again
+    |-- CloudBusyError             over a limit now, not for ever: transient
+    `-- CloudUnavailableError      no answer: transient
+
+Each class has a stable `code`, which crosses the wire, and an `exit_code` for the command line. `transient`
+says whether the same request may succeed later; everything else is never retried.
+"""
+
+from typing import ClassVar
+
+__all__ = [
+    "CloudBusyError",
+    "CloudUnavailableError",
+    "CodecError",
+    "CutError",
+    "DataError",
+    "FingerprintError",
+    "IdentityError",
+    "IntegrityError",
+    "NonFiniteError",
+    "ProtocolError",
+    "RecipeError",
+    "StepConflictError",
+    "StepRefusedError",
+    "StepTooLargeError",
+    "TightbeamError",
+    "UnknownStepError",
+    "UnsupportedModelError",
+    "UsageError",
+    "WireError",
+    "error_from_code",
+]
+
+
+class TightbeamError(Exception):
+    """Base of all errors with a cure. `str(error)` is the message and, after it, the cure."""
+
+    code: ClassVar[str] = "internal"
+    status: ClassVar[str] = "INTERNAL"  # the gRPC status that carries it outside a step
+    exit_code: ClassVar[int] = 1
+    transient: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, cure: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.cure = cure
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.cure}".rstrip()
+
+
+class UsageError(TightbeamError):
+    """What the user gave is wrong."""
+
+    code, status, exit_code = "usage", "INVALID_ARGUMENT", 2
+
+
+class RecipeError(UsageError):
+    """A recipe key or value is wrong."""
+
+    code = "recipe"
+
+
+class DataError(UsageError):
+    """A data file is empty, malformed or unusable; the message names file and line."""
+
+    code = "data"
+
+
+class CutError(UsageError):
+    """This model or this cloud does not allow the cut."""
+
+    code, status = "cut", "FAILED_PRECONDITION"
+
+
+class UnsupportedModelError(UsageError):
+    """The model cannot be cut or run on packed rows; the message says why."""
+
+    code = "unsupported_model"
+
+
+class IdentityError(UsageError):
+    """An identity is missing, foreign, expired or does not sign what it should."""
+
+    code, status, exit_code = "identity", "UNAUTHENTICATED", 3
+
+
+class FingerprintError(UsageError):
+    """Weights, an adapter or a cache belong to another backbone."""
+
+    code, status = "fingerprint", "FAILED_PRECONDITION"
+
+
+class StepRefusedError(TightbeamError):
+    """The cloud will never accept this step."""
+
+    code, status, exit_code = "step_refused", "INVALID_ARGUMENT", 4
+
+
+class StepTooLargeError(StepRefusedError):
+    """A step has more tokens than the cloud's limit."""
+
+    code = "step_too_large"
+
+
+class NonFiniteError(StepRefusedError):
+    """A tensor holds NaN or Inf."""
+
+    code = "non_finite"
+
+
+class StepConflictError(StepRefusedError):
+    """A step key was used before with another content."""
+
+    code, status = "step_conflict", "ALREADY_EXISTS"
+
+
+class WireError(TightbeamError):
+    """Bytes on the wire are not what the protocol says."""
+
+    code, status, exit_code = "wire", "DATA_LOSS", 5
+
+
+class IntegrityError(WireError):
+    """A record does not authenticate: flipped, dropped, doubled, reordered or truncated on its way."""
+
+    code = "integrity"
+
+
+class ProtocolError(WireError):
+    """A message is malformed or comes at the wrong moment."""
+
+    code, status = "protocol", "INVALID_ARGUMENT"
+
+
+class CodecError(WireError):
+    """A payload that its codec cannot encode or decode."""
+
+    code, status = "codec", "INVALID_ARGUMENT"
+
+
+class UnknownStepError(TightbeamError):
+    """The cloud does not hold this step (restart, eviction); the edge sends the inputs again."""
+
+    code, status, exit_code = "unknown_step", "NOT_FOUND", 6
+
+
+class CloudBusyError(TightbeamError):
+    """The cloud is over a limit now; the same request may succeed later."""
+
+    code, status, exit_code, transient = "busy", "RESOURCE_EXHAUSTED", 6, True
+
+
+class CloudUnavailableError(TightbeamError):
+    """The cloud did not answer."""
+
+    code, status, exit_code, transient = "unavailable", "UNAVAILABLE", 6, True
+
+
+def _tree(root: type[TightbeamError]) -> list[type[TightbeamError]]:
+    return [root, *(leaf for child in root.__subclasses__() for leaf in _tree(child))]
+
+
+_BY_CODE = {error.code: error for error in _tree(TightbeamError)}
+
+
+def error_from_code(code: str, message: str, cure: str = "") -> TightbeamError:
+    """Rebuild the error that a peer named by `code`; an unknown code gives a plain `TightbeamError`."""
+    return _BY_CODE.get(code, TightbeamError)(message, cure=cure)
