@@ -1,0 +1,132 @@
+"""Attention over packed rows: no mask, nothing crosses a segment.
+
+Registered with transformers' `AttentionInterface`, so that a stock decoder layer runs on `[1, N, D]`. Borders come only
+from the `SegmentTable` the caller passes; positions serve rotary embeddings and nothing else. A dense mask would let
+one sequence's NaN reach all others (0 * NaN), which separate calls cannot.
+
+H = query heads, K = key/value heads, N = packed tokens, n = tokens of one segment, E = head size.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from tightbeam.common.backbone.packing import Segments
+from tightbeam.common.errors import UnsupportedModelError
+
+__all__ = ["PACKED_ATTENTION", "SegmentTable", "packed_attention"]
+
+PACKED_ATTENTION = "tightbeam_packed"
+
+
+class SegmentTable:
+    """Segment borders in the forms that kernels want, made once per step; counts the attention calls."""
+
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        self.lengths = segments.lengths
+        self.bounds = segments.bounds
+        self.num_calls = 0
+        self.cumulative_S1: Tensor | None = None
+        if device.type == "cuda":
+            ends = [0, *(stop for _, stop in self.bounds)]
+            self.cumulative_S1 = torch.tensor(ends, dtype=torch.int32, device=device)
+
+
+def packed_attention(
+    module: nn.Module,
+    query_1HNE: Tensor,
+    key_1KNE: Tensor,
+    value_1KNE: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    segments: SegmentTable,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **unused: object,
+) -> tuple[Tensor, None]:
+    """Causal attention of each segment alone; returns `[1, N, H, E]` and no weights.
+
+    Honours `sliding_window` and `softcap`; refuses what it cannot honour.
+    """
+    if unsupported := [name for name in ("s_aux", "sinks", "position_bias") if unused.get(name) is not None]:
+        raise UnsupportedModelError(f"Attention with {unsupported[0]} is not supported on packed rows.")
+    assert attention_mask is None
+    assert dropout == 0.0, "the trunk runs in eval mode"
+    segments.num_calls += 1
+    window = sliding_window if sliding_window and max(segments.lengths) > sliding_window else None
+    if softcap is not None:
+        out = [_softcapped(q, k, v, scaling, window, softcap) for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)]
+        return torch.cat(out, dim=2).transpose(1, 2), None
+    if segments.cumulative_S1 is not None and query_1HNE.dtype != torch.float32:
+        return _varlen(segments, query_1HNE, key_1KNE, value_1KNE, scaling, window), None
+    if len(set(segments.lengths)) == 1:  # equal lengths: one batched call
+        num, (heads, width) = len(segments.lengths), (query_1HNE.shape[1], query_1HNE.shape[3])
+        q, k, v = (
+            x.view(x.shape[1], num, -1, width).transpose(0, 1) for x in (query_1HNE, key_1KNE, value_1KNE)
+        )
+        out_SHnE = _sdpa(q, k, v, scaling, window)
+        return out_SHnE.transpose(1, 2).reshape(1, -1, heads, width), None
+    out = [_sdpa(q, k, v, scaling, window) for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)]
+    return torch.cat(out, dim=2).transpose(1, 2), None
+
+
+def _pieces(segments: SegmentTable, *tensors_1XNE: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    return ((tuple(x[:, :, start:stop] for x in tensors_1XNE)) for start, stop in segments.bounds)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    grouped = q.shape[1] != k.shape[1]
+    if window is None or q.shape[2] <= window:
+        return scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=grouped)
+    mask_nn = _window_mask(q.shape[2], window, q.device)
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask_nn, scale=scaling, enable_gqa=grouped)
+
+
+def _window_mask(length: int, window: int | None, device: torch.device) -> Tensor:
+    mask_nn = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return mask_nn if window is None else mask_nn.triu(1 - window)
+
+
+def _softcapped(
+    q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float
+) -> Tensor:
+    """The eager formula of Gemma 2 (arXiv 2408.00118, section 2): logits through `softcap * tanh(x / softcap)`."""
+    repeats = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~_window_mask(q.shape[2], window, q.device), torch.finfo(q.dtype).min)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def _varlen(
+    segments: SegmentTable, query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    query_NHE, key_NKE, value_NKE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1KNE, value_1KNE))
+    longest = max(segments.lengths)
+    repeats = query_NHE.shape[1] // key_NKE.shape[1]
+    if repeats > 1:  # versions of varlen_attn before 2.12 know no grouped queries
+        key_NKE, value_NKE = (x.repeat_interleave(repeats, dim=1) for x in (key_NKE, value_NKE))
+    out_NHE = varlen_attn(
+        query_NHE.contiguous(),
+        key_NKE.contiguous(),
+        value_NKE.contiguous(),
+        segments.cumulative_S1,
+        segments.cumulative_S1,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+    )
+    assert isinstance(out_NHE, Tensor)
+    return out_NHE[None]
+
+
+AttentionInterface.register(PACKED_ATTENTION, packed_attention)

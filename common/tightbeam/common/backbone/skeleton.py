@@ -1,0 +1,70 @@
+"""Build a transformers model without its weights, then fill in only the parts that one side holds."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from tightbeam.common.backbone.families import check_family
+from tightbeam.common.errors import UnsupportedModelError
+
+__all__ = ["build_skeleton", "config_from_dict", "fill"]
+
+
+def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
+    """The config class of `model_type`; unknown types are refused by name."""
+    rest = dict(values)
+    model_type = rest.pop("model_type", None)
+    try:
+        config = AutoConfig.for_model(model_type, **rest)
+    except ValueError as error:
+        raise UnsupportedModelError(
+            f"This transformers does not know models of type {model_type!r}.", cure="Upgrade transformers."
+        ) from error
+    check_family(config)
+    return config
+
+
+def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """The whole model with its parameters on the meta device (no memory) and its buffers real."""
+    check_family(config)
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    return model.eval()
+
+
+def fill(
+    model: PreTrainedModel,
+    load: Callable[[str], Tensor | None],
+    wanted: Callable[[str], bool],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Load every parameter and saved buffer that `wanted(name)` names; `load` returns None for one it lacks.
+
+    Raises `UnsupportedModelError` when a wanted parameter is still empty after tying.
+    """
+    state: dict[str, Tensor] = {}
+    for name in model.state_dict():
+        if wanted(name) and (tensor := load(name)) is not None:
+            state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    _move_real(model, device)
+    if missing := [name for name, p in model.named_parameters() if p.is_meta and wanted(name)]:
+        raise UnsupportedModelError(
+            f"The checkpoint lacks {len(missing)} weights, first {missing[0]!r}.",
+            cure="Fetch the model again; if it persists, its weight names need a conversion by from_pretrained().",
+        )
+    model.requires_grad_(False)
+
+
+def _move_real(model: nn.Module, device: torch.device) -> None:
+    """Move what is not on the meta device; `Module.to` would fail on the rest."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
