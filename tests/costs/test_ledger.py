@@ -1,0 +1,255 @@
+"""The cloud's ledger: billed once, durable before the answer, refused when shared."""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from tightbeam.cloud.ledger import Billed, Ledger, LedgerEntry
+from tightbeam.common.costs import StepBytes
+from tightbeam.common.errors import CloudUnavailableError, StepConflictError, UsageError
+
+BYTES = StepBytes(
+    payload_up_bytes=1000,
+    payload_down_bytes=2000,
+    sealed_up_bytes=1050,
+    sealed_down_bytes=2050,
+    wire_up_bytes=1100,
+    wire_down_bytes=2100,
+)
+ENTRY = LedgerEntry(
+    tenant="clinic",
+    run="run-a",
+    step=0,
+    kind="forward",
+    request_sha256="aa" * 32,
+    tokens=64,
+    segments=2,
+    bytes=BYTES,
+    flops=10**12,
+    queue_s=0.25,
+    compute_s=0.5,
+    retention="hold",
+)
+
+
+class LedgerContract:
+    """What every storage must do; subclasses say where the ledger lives."""
+
+    @pytest.fixture
+    def address(self, tmp_path: Path) -> str:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def ledger(self, address: str) -> Iterator[Ledger]:
+        ledger = Ledger(address)
+        yield ledger
+        ledger.close()
+
+    def test_a_new_step_is_billed_and_found(self, ledger: Ledger) -> None:
+        assert ledger.record(ENTRY) == Billed(before=None)
+        assert ledger.find("clinic", "run-a", 0, "forward") == ENTRY
+
+    def test_absent_steps_are_none(self, ledger: Ledger) -> None:
+        ledger.record(ENTRY)
+        assert ledger.find("clinic", "run-a", 0, "backward") is None
+        assert ledger.find("other", "run-a", 0, "forward") is None
+        assert ledger.usage("other") == []
+
+    def test_a_resent_step_is_billed_once(self, ledger: Ledger) -> None:
+        ledger.record(ENTRY)
+        again = replace(ENTRY, bytes=BYTES + BYTES, queue_s=9.0, retention="recompute")
+        for _ in range(3):
+            billed = ledger.record(again)
+            assert not billed.is_new
+            assert billed.before == BYTES
+        (usage,) = ledger.usage("clinic")
+        assert usage.bytes == BYTES
+        assert usage.forward_steps == 1
+        assert usage.reexecuted_steps == 3
+
+    def test_another_content_under_the_same_key_is_refused(self, ledger: Ledger) -> None:
+        ledger.record(ENTRY)
+        with pytest.raises(StepConflictError, match="another content"):
+            ledger.record(replace(ENTRY, request_sha256="bb" * 32))
+        (usage,) = ledger.usage("clinic")
+        assert usage.reexecuted_steps == 0
+        assert ledger.record(replace(ENTRY, step=1)).is_new  # the refusal leaves the ledger usable
+
+    @pytest.mark.parametrize(
+        "change", [{"tenant": "lab"}, {"run": "run-b"}, {"step": 1}, {"kind": "backward"}], ids=str
+    )
+    def test_every_part_of_the_key_counts(self, ledger: Ledger, change: dict[str, object]) -> None:
+        ledger.record(ENTRY)
+        assert ledger.record(replace(ENTRY, **change)).is_new  # type: ignore[arg-type]  # one field by name
+
+    def test_usage_sums_by_run(self, ledger: Ledger) -> None:
+        for step in range(3):
+            for kind in ("forward", "backward"):
+                ledger.record(replace(ENTRY, step=step, kind=kind))
+        ledger.record(replace(ENTRY, run="run-b", tokens=7))
+        first, second = ledger.usage("clinic")
+        assert (first.run, second.run) == ("run-a", "run-b")
+        assert (first.forward_steps, first.backward_steps, first.tokens) == (3, 3, 6 * 64)
+        assert first.bytes.wire_total_bytes == 6 * 3200
+        assert (first.queue_s, first.compute_s) == (1.5, 3.0)
+        assert (second.forward_steps, second.backward_steps, second.tokens) == (1, 0, 7)
+        assert ledger.usage("clinic", ["run-b"]) == [second]
+
+    def test_flops_of_a_long_run_are_exact(self, ledger: Ledger) -> None:
+        most = 2**63 - 1
+        for step in range(5):
+            ledger.record(replace(ENTRY, step=step, flops=most))
+        (usage,) = ledger.usage("clinic")
+        assert usage.flops == 5 * most
+
+    def test_rows_outlive_the_ledger_object(self, address: str) -> None:
+        first = Ledger(address)
+        first.record(ENTRY)
+        first.close()
+        second = Ledger(address)
+        assert second.record(ENTRY).before == BYTES
+        second.close()
+
+    def test_threads_bill_each_step_once(self, ledger: Ledger) -> None:
+        new: list[int] = []
+
+        def bill() -> None:
+            new.extend(step for step in range(20) if ledger.record(replace(ENTRY, step=step)).is_new)
+
+        threads = [threading.Thread(target=bill) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (usage,) = ledger.usage("clinic")
+        assert sorted(new) == list(range(20))
+        assert (usage.forward_steps, usage.reexecuted_steps) == (20, 60)
+
+
+class TestSqliteFile(LedgerContract):
+    """The default storage."""
+
+    @pytest.fixture
+    def address(self, tmp_path: Path) -> str:
+        return str(tmp_path / "ledger.db")
+
+    def test_runs_with_full_durability(self, ledger: Ledger) -> None:
+        read = ledger._connection.exec_driver_sql
+        assert read("PRAGMA journal_mode").scalar() == "wal"
+        assert read("PRAGMA synchronous").scalar() == 2  # FULL
+        assert read("PRAGMA locking_mode").scalar() == "exclusive"
+
+    def test_a_second_process_is_refused(self, address: str, ledger: Ledger) -> None:
+        ledger.record(ENTRY)
+        code = (
+            "import sys; from tightbeam.cloud.ledger import Ledger; "
+            "from tightbeam.common.errors import UsageError\n"
+            "try: Ledger(sys.argv[1])\n"
+            "except UsageError as error: print(error)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, address], capture_output=True, text=True, check=True
+        )
+        assert "no other process has it open" in done.stdout
+        assert ledger.record(replace(ENTRY, step=1)).is_new
+
+    def test_a_folder_that_does_not_exist_is_named(self, tmp_path: Path) -> None:
+        with pytest.raises(UsageError, match=r"nowhere.*cannot be opened"):
+            Ledger(tmp_path / "nowhere" / "ledger.db")
+
+    def test_a_full_disk_bills_nothing(self, ledger: Ledger) -> None:
+        ledger.record(ENTRY)
+        pages = ledger._connection.exec_driver_sql("PRAGMA page_count").scalar()
+        ledger._connection.exec_driver_sql(f"PRAGMA max_page_count={pages}")
+        ledger._connection.rollback()
+        acknowledged: list[int] = []
+
+        def fill() -> None:
+            for step in range(1, 1000):
+                ledger.record(replace(ENTRY, step=step))
+                acknowledged.append(step)
+
+        with pytest.raises(CloudUnavailableError, match="Nothing was billed"):
+            fill()
+        (usage,) = ledger.usage("clinic")
+        assert usage.forward_steps == 1 + len(acknowledged)
+
+
+if os.environ.get("TIGHTBEAM_TEST_POSTGRES"):
+
+    class TestPostgres(LedgerContract):
+        """The database named by TIGHTBEAM_TEST_POSTGRES; its table `steps` is dropped before each test."""
+
+        @pytest.fixture
+        def address(self, tmp_path: Path) -> str:
+            url = os.environ["TIGHTBEAM_TEST_POSTGRES"]
+            engine = sa.create_engine(url)
+            with engine.begin() as connection:
+                connection.exec_driver_sql("DROP TABLE IF EXISTS steps")
+            engine.dispose()
+            return url
+
+
+WRITER = """
+import sys
+from tightbeam.cloud.ledger import Ledger, LedgerEntry
+from tightbeam.common.costs import StepBytes
+ledger, step = Ledger(sys.argv[1]), int(sys.argv[2])
+while True:
+    step += 1
+    ledger.record(LedgerEntry(tenant="clinic", run="run-a", step=step, kind="forward", tokens=1, segments=1,
+        request_sha256="aa" * 32, bytes=StepBytes(), flops=1, queue_s=0, compute_s=0, retention="hold"))
+    print(step, flush=True)
+"""
+
+
+def _lost(ledger: Ledger, acknowledged: list[int]) -> list[int]:
+    return [step for step in acknowledged if ledger.find("clinic", "run-a", step, "forward") is None]
+
+
+def test_killed_at_random_moments_it_keeps_every_acknowledged_row(tmp_path: Path) -> None:
+    path, last = tmp_path / "ledger.db", 0
+    moments = random.Random(20)
+    for _ in range(6):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(path), str(last)], stdout=subprocess.PIPE, text=True
+        )
+        assert writer.stdout is not None
+        first = writer.stdout.readline()
+        assert first, "the writer died by itself"
+        time.sleep(moments.uniform(0.0, 0.15))
+        writer.kill()
+        acknowledged = [int(line) for line in (first + writer.stdout.read()).split("\n")[:-1]]
+        writer.stdout.close()
+        writer.wait()
+        assert acknowledged == list(range(last + 1, last + 1 + len(acknowledged)))
+
+        ledger = Ledger(path)
+        (usage,) = ledger.usage("clinic")
+        # The step in flight at the kill may be there or not; every one before it is, once.
+        assert usage.forward_steps in (acknowledged[-1], acknowledged[-1] + 1)
+        assert _lost(ledger, acknowledged) == []
+        last = usage.forward_steps
+        ledger.close()
+    assert last > 50
+
+
+def test_the_kill_rig_notices_a_lost_row(tmp_path: Path) -> None:
+    """Negative control: a row removed behind the ledger's back is missed."""
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(path)
+    for step in (1, 2, 3):
+        ledger.record(replace(ENTRY, step=step))
+    ledger._connection.execute(sa.text("DELETE FROM steps WHERE step = 2"))
+    ledger._connection.commit()
+    assert _lost(ledger, [1, 2, 3]) == [2]
+    ledger.close()
