@@ -1,0 +1,62 @@
+"""`tightbeam data check`: what the model would learn from a file, before any training."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from tightbeam.cli.options import IdentityFolder, Insecure
+from tightbeam.common.errors import UnsupportedModelError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["app", "check"]
+
+app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _root() -> None:
+    pass
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="JSONL or CSV.")],
+    model: Annotated[str | None, typer.Option(help="Hub id or folder with the tokenizer.")] = None,
+    cloud: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Or: the cloud to ask for it.")
+    ] = None,
+    identity: IdentityFolder = None,
+    insecure: Insecure = False,
+    max_length: Annotated[int, typer.Option(min=2, help="Longest example, tokens.")] = 1024,
+    samples: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 2,
+) -> None:
+    """Count a file's examples and tokens, and show what is learned of the first ones in [[ ]]."""
+    if (model is None) == (cloud is None):
+        raise UsageError("The tokenizer is missing.", cure="Give --model or --cloud, one of them.")
+    from tightbeam.edge.data import check_file
+
+    tokenizer = _local(model) if model is not None else _remote(str(cloud), identity, insecure)
+    typer.echo(check_file(file, tokenizer, samples, max_length=max_length).render())
+
+
+def _local(model: str) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"{model} has no tokenizer that can be read ({str(error).splitlines()[0]}).",
+            cure="Give a folder with a tokenizer, or a hub id.",
+        ) from error
+    return tokenizer
+
+
+def _remote(address: str, identity: Path | None, insecure: bool) -> "PreTrainedTokenizerBase":
+    from tightbeam.edge import connect
+
+    with connect(address, identity=identity, insecure=insecure) as cloud:
+        return cloud.load_tokenizer()

@@ -1,0 +1,57 @@
+"""`tightbeam serve`: the cloud's side, until SIGTERM or Ctrl-C."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tightbeam.cli.options import IdentityFolder, Insecure, require_loopback
+from tightbeam.common.errors import UsageError
+
+__all__ = ["serve"]
+
+
+def serve(
+    model: Annotated[str, typer.Option(help="Hub id or folder of a transformers causal LM.")],
+    listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Port 0 takes a free one.")
+    ] = "127.0.0.1:50051",
+    identity: IdentityFolder = None,
+    insecure: Insecure = False,
+    cut_policy: Annotated[
+        str | None, typer.Option(help="Which cuts are allowed, as in min_bottom=1,min_top=1.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    retention_bytes: Annotated[
+        int | None,
+        typer.Option(help="Held graphs, bytes; above it steps recompute. A quarter of free memory."),
+    ] = None,
+    max_tokens_per_step: Annotated[int, typer.Option(help="Larger steps are refused.")] = 8192,
+    ledger: Annotated[Path, typer.Option(help="SQLite file of who used what.")] = Path("ledger.db"),
+) -> None:
+    """Serve the frozen blocks of a model to edges."""
+    if insecure:
+        require_loopback(listen, identity)
+    elif identity is None:
+        raise UsageError(
+            "serve needs an identity.", cure="Give --identity DIR (`tightbeam certs init` makes one)."
+        )
+    import asyncio
+
+    from tightbeam.cloud.server import ServeOptions
+    from tightbeam.cloud.server import serve as serve_forever
+
+    options = ServeOptions(
+        model=model,
+        listen=listen,
+        identity=identity,
+        insecure=insecure,
+        cut_policy=cut_policy,
+        device=device,
+        dtype=dtype,
+        retention_bytes=retention_bytes,
+        ledger=ledger,
+        max_tokens_per_step=max_tokens_per_step,
+    )
+    asyncio.run(serve_forever(options))
