@@ -1,8 +1,8 @@
 """Attention over packed rows: no mask, nothing crosses a segment.
 
-Registered with transformers' `AttentionInterface`, so that a stock decoder layer runs on `[1, N, D]`. Borders come only
-from the `SegmentTable` the caller passes; positions serve rotary embeddings and nothing else. A dense mask would let
-one sequence's NaN reach all others (0 * NaN), which separate calls cannot.
+Registered with transformers' `AttentionInterface`, so that a stock decoder layer runs on `[1, N, D]`.
+Borders come only from the `SegmentTable` the caller passes; positions serve rotary embeddings and nothing
+else. A dense mask would let one sequence's NaN reach all others (0 * NaN), which separate calls cannot.
 
 H = query heads, K = key/value heads, N = packed tokens, n = tokens of one segment, E = head size.
 """
@@ -60,7 +60,10 @@ def packed_attention(
     segments.num_calls += 1
     window = sliding_window if sliding_window and max(segments.lengths) > sliding_window else None
     if softcap is not None:
-        out = [_softcapped(q, k, v, scaling, window, softcap) for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)]
+        out = [
+            _softcapped(q, k, v, scaling, window, softcap)
+            for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)
+        ]
         return torch.cat(out, dim=2).transpose(1, 2), None
     if segments.cumulative_S1 is not None and query_1HNE.dtype != torch.float32:
         return _varlen(segments, query_1HNE, key_1KNE, value_1KNE, scaling, window), None
@@ -95,7 +98,10 @@ def _window_mask(length: int, window: int | None, device: torch.device) -> Tenso
 def _softcapped(
     q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None, softcap: float
 ) -> Tensor:
-    """The eager formula of Gemma 2 (arXiv 2408.00118, section 2): logits through `softcap * tanh(x / softcap)`."""
+    """The eager formula of Gemma 2 (arXiv 2408.00118, section 2).
+
+    Logits through `softcap * tanh(x / softcap)`.
+    """
     repeats = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
     scores = q @ k.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -105,12 +111,18 @@ def _softcapped(
 
 
 def _varlen(
-    segments: SegmentTable, query_1HNE: Tensor, key_1KNE: Tensor, value_1KNE: Tensor, scaling: float | None, window: int | None
+    segments: SegmentTable,
+    query_1HNE: Tensor,
+    key_1KNE: Tensor,
+    value_1KNE: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     query_NHE, key_NKE, value_NKE = (x[0].transpose(0, 1) for x in (query_1HNE, key_1KNE, value_1KNE))
-    longest = max(segments.lengths)
+    longest, ends_S1 = max(segments.lengths), segments.cumulative_S1
+    assert ends_S1 is not None
     repeats = query_NHE.shape[1] // key_NKE.shape[1]
     if repeats > 1:  # versions of varlen_attn before 2.12 know no grouped queries
         key_NKE, value_NKE = (x.repeat_interleave(repeats, dim=1) for x in (key_NKE, value_NKE))
@@ -118,8 +130,8 @@ def _varlen(
         query_NHE.contiguous(),
         key_NKE.contiguous(),
         value_NKE.contiguous(),
-        segments.cumulative_S1,
-        segments.cumulative_S1,
+        ends_S1,
+        ends_S1,
         longest,
         longest,
         scale=scaling,

@@ -1,8 +1,8 @@
 """A checkpoint on disk as content-addressed blobs: one per block, one each for embedding, head and the rest.
 
-Blobs are safetensors files that are never built: a header made here plus byte ranges of the files on disk. An edge
-fetches only the blobs of its cut, and cuts share them. The fingerprint is a SHA-256 over the config and the blobs'
-hashes, so that a list of blobs can be checked against it without any weights.
+Blobs are safetensors files that are never built: a header made here plus byte ranges of the files on disk.
+An edge fetches only the blobs of its cut, and cuts share them. The fingerprint is a SHA-256 over the config
+and the blobs' hashes, so that a list of blobs can be checked against it without any weights.
 """
 
 import hashlib
@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from tightbeam.common.backbone.families import Anatomy
 from tightbeam.common.errors import UnsupportedModelError, UsageError
 
 __all__ = ["AUXILIARY_FILES", "Blob", "Checkpoint", "TensorRange", "fingerprint", "resolve_model"]
@@ -85,19 +87,26 @@ class Blob:
                 while left:
                     piece = stream.read(min(left, _READ_BYTES))
                     if not piece:
-                        raise UsageError(f"{file} is shorter than its header says.", cure="Fetch the model again.")
+                        raise UsageError(
+                            f"{file} is shorter than its header says.", cure="Fetch the model again."
+                        )
                     left -= len(piece)
                     yield piece
 
 
 class Checkpoint:
-    """A folder with `config.json` and safetensors files. Tensor names are those of the model's own parameters."""
+    """A folder with `config.json` and safetensors files.
+
+    Tensor names are those of the model's own parameters.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         config_file = folder / "config.json"
         if not config_file.is_file():
-            raise UsageError(f"{folder} has no config.json.", cure="Pass a folder saved by save_pretrained().")
+            raise UsageError(
+                f"{folder} has no config.json.", cure="Pass a folder saved by save_pretrained()."
+            )
         self.config: dict[str, Any] = json.loads(config_file.read_text())
         files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -109,11 +118,17 @@ class Checkpoint:
         for file in files:
             self.tensors.update(_read_header(file))
 
-    def rename(self, expected: Mapping[str, Any], prefix: str) -> None:
-        """Give tensors the names that `expected` (a state dict) uses: base-model checkpoints lack the prefix."""
+    def align(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
+        """Name the tensors as `model` (a skeleton will do) does, and drop what it has no use for.
+
+        Base-model checkpoints lack a prefix; a tied head may be stored twice.
+        """
+        expected, prefix = model.state_dict(), model.base_model_prefix
         for name in list(self.tensors):
             if name not in expected and f"{prefix}.{name}" in expected:
                 self.tensors[f"{prefix}.{name}"] = self.tensors.pop(name)
+        if model.config.tie_word_embeddings:
+            self.tensors.pop(f"{anatomy.head_path}.weight", None)
         self.tensors = {name: self.tensors[name] for name in sorted(self.tensors) if name in expected}
 
     def load(self, name: str) -> Tensor:
@@ -124,11 +139,11 @@ class Checkpoint:
             tensor: Tensor = file.get_tensor(stored)
         return tensor
 
-    def weight_blobs(self, blocks_path: str, embedding_path: str, head_path: str) -> list[Blob]:
+    def weight_blobs(self, anatomy: Anatomy) -> list[Blob]:
         """All weights, grouped by the part of the model that an edge may want."""
         groups: dict[str, dict[str, TensorRange]] = {}
         for name, place in self.tensors.items():
-            groups.setdefault(_group(name, blocks_path, embedding_path, head_path), {})[name] = place
+            groups.setdefault(_group(name, anatomy), {})[name] = place
         return [_safetensors_blob(name, groups[name]) for name in sorted(groups)]
 
     def file_blobs(self) -> list[Blob]:
@@ -147,7 +162,9 @@ class Checkpoint:
             sizes[place.dtype] = sizes.get(place.dtype, 0) + place.num_bytes
         stored = max(sizes, key=lambda name: sizes[name])
         if stored not in _DTYPES:
-            raise UnsupportedModelError(f"Weights stored as {stored} are not supported.", cure="Save as BF16 or F32.")
+            raise UnsupportedModelError(
+                f"Weights stored as {stored} are not supported.", cure="Save as BF16 or F32."
+            )
         return _DTYPES[stored]
 
 
@@ -168,7 +185,11 @@ def resolve_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]))
+        return Path(
+            snapshot_download(
+                model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+            )
+        )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UsageError(
             f"{model!r} is neither a folder nor a model that the hub could give ({type(error).__name__}).",
@@ -190,8 +211,11 @@ def _read_header(file: Path) -> dict[str, TensorRange]:
     header.pop("__metadata__", None)
     return {
         name: TensorRange(
-            file, 8 + size + entry["data_offsets"][0], entry["data_offsets"][1] - entry["data_offsets"][0],
-            entry["dtype"], tuple(entry["shape"]),
+            file,
+            8 + size + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            entry["dtype"],
+            tuple(entry["shape"]),
         )
         for name, entry in header.items()
     }
@@ -202,19 +226,23 @@ def _safetensors_blob(name: str, tensors: Mapping[str, TensorRange]) -> Blob:
     offset = 0
     for tensor_name, place in tensors.items():
         entries[tensor_name] = {
-            "dtype": place.dtype, "shape": list(place.shape), "data_offsets": [offset, offset + place.num_bytes]
+            "dtype": place.dtype,
+            "shape": list(place.shape),
+            "data_offsets": [offset, offset + place.num_bytes],
         }
         offset += place.num_bytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors stay aligned to 8 bytes
     return Blob(
-        name, struct.pack("<Q", len(text)) + text, tuple((p.file, p.start, p.num_bytes) for p in tensors.values())
+        name,
+        struct.pack("<Q", len(text)) + text,
+        tuple((p.file, p.start, p.num_bytes) for p in tensors.values()),
     )
 
 
-def _group(name: str, blocks_path: str, embedding_path: str, head_path: str) -> str:
-    if match := re.match(rf"{re.escape(blocks_path)}\.(\d+)\.", name):
+def _group(name: str, anatomy: Anatomy) -> str:
+    if match := re.match(rf"{re.escape(anatomy.blocks_path)}\.(\d+)\.", name):
         return f"block.{match[1]}"
-    if name.startswith(embedding_path + "."):
+    if name.startswith(anatomy.embedding_path + "."):
         return "embedding"
-    return "head" if name.startswith(head_path + ".") else "rest"
+    return "head" if name.startswith(anatomy.head_path + ".") else "rest"

@@ -4,7 +4,7 @@ N = real tokens, S = segments, B = batch, T = padded length, D = hidden size.
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -37,10 +37,15 @@ class Segments:
         return list(zip([0, *ends[:-1]], ends, strict=True))
 
     def runs(self) -> tuple[list[int], list[int]]:
-        """Positions as runs of consecutive integers: first values and counts. Almost always one per segment."""
+        """Positions as runs of consecutive integers.
+
+        First values and counts. Almost always one per segment.
+        """
         breaks = (torch.diff(self.positions_N) != 1).nonzero().flatten() + 1
         starts = [0, *breaks.tolist()]
-        return self.positions_N[starts].tolist(), [b - a for a, b in zip(starts, [*starts[1:], self.num_tokens], strict=True)]
+        return self.positions_N[starts].tolist(), [
+            b - a for a, b in zip(starts, [*starts[1:], self.num_tokens], strict=True)
+        ]
 
     @classmethod
     def from_runs(cls, lengths: tuple[int, ...], starts: list[int], counts: list[int]) -> "Segments":
@@ -72,7 +77,11 @@ class Packer:
     def pack(self, hidden_BTD: Tensor) -> Tensor:
         """`[B, T, D]` to `[N, D]`."""
         hidden_MD = hidden_BTD.reshape(-1, hidden_BTD.shape[-1])
-        return hidden_MD if self._index_N is None else hidden_MD.index_select(0, self._index_N.to(hidden_MD.device))
+        return (
+            hidden_MD
+            if self._index_N is None
+            else hidden_MD.index_select(0, self._index_N.to(hidden_MD.device))
+        )
 
     def unpack(self, hidden_ND: Tensor) -> Tensor:
         """`[N, D]` to `[B, T, D]`, zeros where padding was."""
@@ -86,4 +95,4 @@ def _split_at_restarts(lengths: list[int], positions_N: Tensor) -> list[int]:
     edges = {0, *accumulate(lengths)}
     edges.update(((torch.diff(positions_N) != 1).nonzero().flatten() + 1).tolist())
     ordered = sorted(edges)
-    return [b - a for a, b in zip(ordered, ordered[1:], strict=False)]
+    return [b - a for a, b in pairwise(ordered)]

@@ -71,7 +71,8 @@ def _run_plain(trunk: PackedTrunk, hidden_ND: Tensor, segments: Segments, span: 
     trunk.set_attention("eager" if softcapped or not trunk.model._supports_sdpa else "sdpa")
     try:
         pieces = [
-            trunk.run_plain(hidden_ND[None, a:b], segments.positions_N[None, a:b], span)[0] for a, b in segments.bounds
+            trunk.run_plain(hidden_ND[None, a:b], segments.positions_N[None, a:b], span)[0]
+            for a, b in segments.bounds
         ]
     finally:
         trunk.set_attention(PACKED_ATTENTION)
@@ -89,7 +90,9 @@ def _held_bytes_per_token(trunk: PackedTrunk, hidden_ND: Tensor, segments: Segme
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         out_ND = trunk.run(hidden_ND.clone().requires_grad_(), segments, span)
-    weights = {p.untyped_storage().data_ptr() for block in trunk.blocks for p in block.parameters() if not p.is_meta}
+    weights = {
+        p.untyped_storage().data_ptr() for block in trunk.blocks for p in block.parameters() if not p.is_meta
+    }
     held = sum(size for pointer, size in seen.items() if pointer not in weights)
     del out_ND
     return held // segments.num_tokens + 1

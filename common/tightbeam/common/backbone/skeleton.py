@@ -28,12 +28,17 @@ def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
     return config
 
 
-def build_skeleton(config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+def build_skeleton(
+    config: PretrainedConfig, dtype: torch.dtype, attention: str | None = None
+) -> PreTrainedModel:
     """The whole model with its parameters on the meta device (no memory) and its buffers real."""
     check_family(config)
     with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    return model.eval()
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention
+        )
+    model.eval()
+    return model
 
 
 def fill(
@@ -57,7 +62,7 @@ def fill(
     if missing := [name for name, p in model.named_parameters() if p.is_meta and wanted(name)]:
         raise UnsupportedModelError(
             f"The checkpoint lacks {len(missing)} weights, first {missing[0]!r}.",
-            cure="Fetch the model again; if it persists, its weight names need a conversion by from_pretrained().",
+            cure="Fetch the model again, or load it with from_pretrained() and save it anew.",
         )
     model.requires_grad_(False)
 

@@ -1,0 +1,1 @@
+"""The cloud: hosts a frozen backbone's trunk and computes it for many edges."""

@@ -1,0 +1,197 @@
+"""Put the cloud together, serve until SIGTERM or SIGINT, and drain."""
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+
+from tightbeam.cloud.backbone import load_backbone
+from tightbeam.cloud.engine import Engine
+from tightbeam.cloud.ledger import Ledger
+from tightbeam.cloud.retention import Retention
+from tightbeam.cloud.service import BackboneService
+from tightbeam.common.backbone import CutPolicy
+from tightbeam.common.costs.prices import Prices
+from tightbeam.common.devices import free_memory_bytes
+from tightbeam.common.errors import IdentityError, UsageError
+from tightbeam.common.identity import Identity, Role, ephemeral_identity, load_identity
+from tightbeam.common.wire.handshake import CloudKeys
+from tightbeam.common.wire.records import CHUNK_BYTES
+from tightbeam.proto import backbone_pb2 as pb
+
+__all__ = ["SERVICE", "ServeOptions", "serve"]
+
+_log = logging.getLogger(__name__)
+SERVICE = pb.DESCRIPTOR.services_by_name["Backbone"].full_name
+_DRAIN_S = 30.0
+
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
+    ("grpc.max_receive_message_length", CHUNK_BYTES + 65536),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.server_handshake_timeout_ms", 10_000),
+]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ServeOptions:
+    """What `tightbeam serve` can be told."""
+
+    model: str  # folder or hub id
+    listen: str = "127.0.0.1:50051"  # port 0 picks a free one
+    identity: Path | None = None  # folder made by `tightbeam certs init`
+    insecure: bool = False  # no TLS, no identities; loopback only
+    cut_policy: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    retention_bytes: int | None = None  # None: a quarter of free memory
+    ledger: Path = Path("ledger.db")
+    max_tokens_per_step: int = 65536
+    prices: Prices = field(default_factory=Prices)
+
+
+async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda port: None) -> None:
+    """Serve until a signal comes; `on_ready` gets the port once steps are accepted.
+
+    Raises `UsageError` and its kin for what the operator can mend.
+    """
+    identity = _identity(options)
+    listener = _reserve(options.listen)
+    ledger = Ledger(options.ledger)
+    try:
+        backbone = await asyncio.to_thread(
+            load_backbone,
+            options.model,
+            CutPolicy.parse(options.cut_policy),
+            device=options.device,
+            dtype=options.dtype,
+        )
+        budget = options.retention_bytes
+        budget = free_memory_bytes(backbone.trunk.device()) // 4 if budget is None else budget
+        engine = Engine(backbone.trunk, Retention(budget, backbone.graph_bytes), backbone.dtype)
+        service = BackboneService(
+            backbone,
+            engine,
+            ledger,
+            CloudKeys.generate(identity),
+            identity.trust,
+            tls=not options.insecure,
+            max_tokens_per_step=options.max_tokens_per_step,
+            prices=options.prices,
+        )
+        server = grpc.aio.server(options=_OPTIONS)
+        health = HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        server.add_generic_rpc_handlers((_handlers(service),))
+        reflection.enable_server_reflection(
+            (SERVICE, health_pb2.DESCRIPTOR.services_by_name["Health"].full_name, reflection.SERVICE_NAME),
+            server,
+        )
+        port = _bind(server, listener, options, identity)
+        await server.start()
+        await health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        on_ready(port)
+        await _signalled()
+        _log.info("draining: running steps get %.0f s", _DRAIN_S)
+        await health.enter_graceful_shutdown()
+        await service.drain(_DRAIN_S)
+        await server.stop(1.0)
+        await asyncio.to_thread(engine.close)
+    finally:
+        ledger.close()
+
+
+def _handlers(service: BackboneService) -> grpc.GenericRpcHandler:
+    """Do as the generated registration does, but `Steps` hands raw bytes through."""
+    unary: dict[str, tuple[Any, Any]] = {
+        "Describe": (service.describe, pb.DescribeRequest),
+        "Handshake": (service.handshake, pb.HandshakeRequest),
+        "Usage": (service.usage, pb.UsageRequest),
+    }
+    handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
+        name: grpc.unary_unary_rpc_method_handler(
+            method, request_deserializer=request.FromString, response_serializer=_serialize
+        )
+        for name, (method, request) in unary.items()
+    }
+    handlers["Download"] = grpc.unary_stream_rpc_method_handler(
+        service.download, request_deserializer=pb.DownloadRequest.FromString, response_serializer=_serialize
+    )
+    handlers["Steps"] = grpc.stream_stream_rpc_method_handler(service.steps)
+    return grpc.method_handlers_generic_handler(SERVICE, handlers)
+
+
+def _serialize(message: Any) -> bytes:
+    return bytes(message.SerializeToString())
+
+
+def _identity(options: ServeOptions) -> Identity:
+    if options.insecure:
+        return ephemeral_identity("cloud", Role.CLOUD)
+    if options.identity is None:
+        raise IdentityError(
+            "The cloud needs an identity.",
+            cure="Run `tightbeam certs init certs --client NAME`, then pass --identity certs/cloud.",
+        )
+    identity = load_identity(options.identity)
+    if identity.role is not Role.CLOUD:
+        raise IdentityError(
+            f"{options.identity} is a client's identity.", cure="Pass the folder named cloud."
+        )
+    return identity
+
+
+def _reserve(listen: str) -> str:
+    """Fail before the model is loaded when the address is malformed or taken."""
+    host, _, port = listen.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(
+            f"{listen!r} is not an address.", cure="Write HOST:PORT, for example 127.0.0.1:50051."
+        )
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host.strip("[]"), int(port)))
+        except (OSError, OverflowError) as error:
+            raise UsageError(
+                f"Cannot listen on {listen}: {error}.", cure="Choose another --listen address."
+            ) from error
+    return listen
+
+
+def _bind(server: grpc.aio.Server, listen: str, options: ServeOptions, identity: Identity) -> int:
+    try:
+        if options.insecure:
+            return server.add_insecure_port(listen)
+        assert identity.tls is not None
+        credentials = grpc.ssl_server_credentials(
+            [(identity.tls.key, identity.tls.certificate)],
+            root_certificates=identity.tls.ca,
+            require_client_auth=True,
+        )
+        return server.add_secure_port(listen, credentials)
+    except RuntimeError as error:
+        raise UsageError(
+            f"Cannot listen on {listen}: the port is in use.", cure="Choose another --listen."
+        ) from error
+
+
+async def _signalled() -> None:
+    loop, signalled = asyncio.get_running_loop(), asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signalled.set)
+    await signalled.wait()

@@ -1,0 +1,193 @@
+"""The seam "send one step, get its reply", and its gRPC side: one sealed stream.
+
+In-process, gRPC and fault-injecting channels share `Channel`, so the whole edge runs in tests without a
+network.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import grpc
+from torch import Tensor
+
+from tightbeam.common.costs.framing import wire_bytes
+from tightbeam.common.costs.rows import StepBytes
+from tightbeam.common.errors import (
+    CloudBusyError,
+    CloudUnavailableError,
+    IdentityError,
+    IntegrityError,
+    ProtocolError,
+    TightbeamError,
+)
+from tightbeam.common.wire.handshake import Session
+from tightbeam.common.wire.messages import Message, MessageReader, seal_message
+from tightbeam.common.wire.status import error_from_details
+from tightbeam.common.wire.stepping import SESSION_KEY
+from tightbeam.proto.backbone_pb2 import StepReply, StepRequest
+
+__all__ = ["Channel", "Exchange", "GrpcChannel", "error_from_rpc"]
+
+STEPS_METHOD = "/tightbeam.v1.Backbone/Steps"
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One request and its reply, measured."""
+
+    reply: Message[StepReply]
+    moved: StepBytes
+    wall_s: float
+    seal_s: float
+
+
+class Channel(Protocol):
+    """Send one step, get its reply. Several may be in flight."""
+
+    def submit(self, header: StepRequest, payloads: list[Tensor]) -> Future[Exchange]:
+        """Send a request; the future gives the exchange, or the `TightbeamError` that ended it."""
+        ...
+
+    def close(self) -> None:
+        """End the stream; pending requests fail."""
+        ...
+
+
+@dataclass(slots=True)
+class _Pending:
+    header: StepRequest
+    future: Future[Exchange]
+    started_s: float
+    sealed_sizes: list[int]
+    payload_bytes: int
+    seal_s: float
+
+
+class GrpcChannel:
+    """One `Steps` stream. It does not reconnect: the first failure fails everything pending."""
+
+    def __init__(self, grpc_channel: grpc.Channel, session: Session, *, tls: bool) -> None:
+        self._session, self._tls = session, tls
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._pending: dict[tuple[int, int], _Pending] = {}
+        self._lock = threading.Lock()  # records are sealed in the order they are sent
+        self._failure: TightbeamError | None = None
+        self._reader = MessageReader(session.opener, StepReply, self._admit)
+        stream: Any = grpc_channel.stream_stream(STEPS_METHOD)
+        self._call: Any = stream(
+            iter(self._outbox.get, None), metadata=((SESSION_KEY, session.session_id.hex()),)
+        )
+        self._thread = threading.Thread(target=self._receive, name="tightbeam-receive", daemon=True)
+        self._thread.start()
+
+    def submit(self, header: StepRequest, payloads: list[Tensor]) -> Future[Exchange]:
+        """Seal and send a request."""
+        future: Future[Exchange] = Future()
+        started_s = time.perf_counter()
+        with self._lock:
+            if self._failure is not None:
+                future.set_exception(self._failure)
+                return future
+            pending = _Pending(header, future, started_s, [], sum(p.numel() for p in payloads), 0.0)
+            self._pending[header.step, header.kind] = pending
+            for record in _timed(
+                seal_message(header.SerializeToString(), payloads, self._session.sealer), pending
+            ):
+                pending.sealed_sizes.append(len(record))
+                self._outbox.put(record)
+        return future
+
+    def close(self) -> None:
+        """End the stream."""
+        self._fail(CloudUnavailableError("This connection was closed."))
+        self._outbox.put(None)
+        self._call.cancel()
+        self._thread.join(timeout=5.0)
+
+    def _receive(self) -> None:
+        try:
+            for record in self._call:
+                message = self._reader.feed(record)
+                if message is not None:
+                    self._deliver(message)
+            self._fail(CloudUnavailableError("The cloud closed the stream."))
+        except grpc.RpcError as error:
+            self._fail(error_from_rpc(error))
+        except TightbeamError as error:
+            self._fail(error)
+            self._call.cancel()
+
+    def _admit(self, header: StepReply) -> None:
+        """A reply must answer a pending request with a tensor of its shape, or with a failure."""
+        pending = self._pending.get((header.step, header.kind))
+        if pending is None:
+            raise ProtocolError(f"The cloud answered step {header.step}, which nobody asked.")
+        shapes = [list(spec.shape) for spec in header.tensors]
+        expected = [] if header.HasField("failure") else [list(pending.header.tensors[0].shape)]
+        if shapes != expected:
+            raise ProtocolError(f"The cloud answered step {header.step} with tensors of shape {shapes}.")
+
+    def _deliver(self, message: Message[StepReply]) -> None:
+        with self._lock:
+            pending = self._pending.pop((message.header.step, message.header.kind))
+        moved = StepBytes(
+            payload_up_bytes=pending.payload_bytes,
+            payload_down_bytes=message.payload_bytes,
+            sealed_up_bytes=sum(pending.sealed_sizes),
+            sealed_down_bytes=sum(message.sealed_sizes),
+            wire_up_bytes=wire_bytes(pending.sealed_sizes, tls=self._tls),
+            wire_down_bytes=wire_bytes(message.sealed_sizes, tls=self._tls),
+        )
+        wall_s = time.perf_counter() - pending.started_s
+        pending.future.set_result(Exchange(message, moved, wall_s, pending.seal_s + message.seal_s))
+
+    def _fail(self, error: TightbeamError) -> None:
+        with self._lock:
+            self._failure = self._failure or error
+            pending, self._pending = list(self._pending.values()), {}
+        for entry in pending:
+            entry.future.set_exception(error)
+
+
+def error_from_rpc(error: grpc.RpcError) -> TightbeamError:
+    """The `TightbeamError` that a gRPC failure means."""
+    code, details = error.code(), error.details() or ""
+    if (ours := error_from_details(details)) is not None:
+        return ours
+    if any(
+        mark in details
+        for mark in ("CERTIFICATE", "SSL_ERROR", "certificate", "WRONG_VERSION", "Ssl handshake")
+    ):
+        return IdentityError(
+            f"TLS with the cloud failed: {details}",
+            cure="Use an identity made by the cloud's own `tightbeam certs init`, and its true address.",
+        )
+    if code == grpc.StatusCode.DATA_LOSS:
+        return IntegrityError(
+            "The cloud received a record that does not authenticate.", cure="Connect again."
+        )
+    if code == grpc.StatusCode.RESOURCE_EXHAUSTED:
+        return CloudBusyError(f"The cloud is over a limit: {details}", cure="Retry later.")
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return CloudUnavailableError(
+            f"The cloud does not answer ({details or code.name}).",
+            cure="Check that `tightbeam serve` runs there; `tightbeam doctor HOST:PORT` says more.",
+        )
+    return ProtocolError(
+        f"The cloud answered {code.name}: {details}", cure="Check that both sides run tightbeam."
+    )
+
+
+def _timed(records: Iterator[bytes], pending: _Pending) -> Iterator[bytes]:
+    while True:
+        started_s = time.perf_counter()
+        record = next(records, None)
+        pending.seal_s += time.perf_counter() - started_s
+        if record is None:
+            return
+        yield record

@@ -1,0 +1,295 @@
+"""`connect()`: the edge's way to one cloud."""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import grpc
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from tightbeam.common.backbone import Cut, CutPolicy
+from tightbeam.common.costs.framing import wire_bytes
+from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.devices import choose_device, choose_dtype
+from tightbeam.common.errors import (
+    CloudUnavailableError,
+    FingerprintError,
+    IdentityError,
+    ProtocolError,
+    UsageError,
+)
+from tightbeam.common.identity import Identity, ephemeral_identity, load_identity
+from tightbeam.common.wire.codecs import Codecs, lossless
+from tightbeam.common.wire.handshake import ClientHandshake
+from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
+from tightbeam.common.wire.stepping import TENANT_KEY
+from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
+from tightbeam.edge.split_model import build_split_model
+from tightbeam.edge.stepper import RetryPolicy, Stepper
+from tightbeam.edge.weights import BlobStore, Progress, cache_folder, check_card
+from tightbeam.proto import backbone_pb2 as pb
+from tightbeam.proto.backbone_pb2_grpc import BackboneStub
+
+__all__ = ["Cloud", "connect"]
+
+_CALL_S = 30.0  # deadline of unary calls
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", CHUNK_BYTES + 65536),
+    ("grpc.enable_retries", 0),  # a step is sent again by the stepper, sealed afresh
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # keepalive_timeout does not detect a hung peer
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+]
+
+
+def connect(
+    address: str,
+    *,
+    identity: str | Path | None = None,
+    insecure: bool = False,
+    name: str = "edge",
+    run: str | None = None,
+    fingerprint: str | None = None,
+    wait_s: float = 10.0,
+    on_row: Callable[[dict[str, Any]], None] = lambda row: None,
+    on_retry: Callable[[str], None] = print,
+    on_download: Progress = lambda name, done, total: None,
+    policy: RetryPolicy | None = None,
+) -> "Cloud":
+    """Connect to the cloud at `address` ("host:port").
+
+    Args:
+        address: Where `tightbeam serve` listens.
+        identity: Folder made by `tightbeam certs init`, e.g. "certs/clinic".
+        insecure: No TLS and no identities; loopback only. Steps are sealed all the same.
+        name: What an insecure edge calls itself.
+        run: Name of this training job in both accounts; made up when absent. Never use one twice.
+        fingerprint: Refuse any other backbone.
+        wait_s: How long to wait for the cloud to answer at all.
+        on_row: Gets every row of the accounts, as `ledger.jsonl` holds them.
+        on_retry: Gets a line for every retry.
+        on_download: Gets the progress of weight downloads in bytes.
+        policy: How long transient failures are retried.
+
+    Raises:
+        IdentityError: No identity, or TLS refuses it.
+        CloudUnavailableError: No answer within `wait_s`.
+        FingerprintError: Another backbone than `fingerprint`.
+    """
+    if insecure:
+        who, channel = ephemeral_identity(name), grpc.insecure_channel(address, options=_OPTIONS)
+    elif identity is None:
+        raise IdentityError(
+            "An identity is needed to connect.",
+            cure='Pass identity="certs/NAME" from `tightbeam certs init`, or insecure=True on loopback.',
+        )
+    else:
+        who = load_identity(Path(identity))
+        assert who.tls is not None
+        credentials = grpc.ssl_channel_credentials(who.tls.ca, who.tls.key, who.tls.certificate)
+        channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
+    cloud = Cloud(
+        channel, who, run or f"{who.name}-{uuid.uuid4().hex[:8]}",
+        tls=not insecure, on_row=on_row, on_retry=on_retry, on_download=on_download, policy=policy,
+    )  # fmt: skip
+    try:
+        cloud._describe(wait_s)
+        if fingerprint is not None and cloud.card.fingerprint != fingerprint:
+            raise FingerprintError(
+                f"{address} serves the backbone {cloud.card.fingerprint[:12]}, not {fingerprint[:12]}.",
+                cure="Connect to the cloud that serves the wanted backbone, or drop the fingerprint.",
+            )
+    except BaseException:
+        cloud.close()
+        raise
+    return cloud
+
+
+class Cloud:
+    """One connected cloud. Use as a context manager, or call `close()`."""
+
+    def __init__(
+        self,
+        channel: grpc.Channel,
+        identity: Identity,
+        run: str,
+        *,
+        tls: bool,
+        on_row: Callable[[dict[str, Any]], None],
+        on_retry: Callable[[str], None],
+        on_download: Progress,
+        policy: RetryPolicy | None,
+    ) -> None:
+        self.run = run
+        self.card = pb.Card()
+        self._channel, self._identity, self._tls = channel, identity, tls
+        self._stub = BackboneStub(channel)
+        self._on_row, self._on_retry, self._policy = on_row, on_retry, policy
+        self._store = BlobStore(cache_folder(), self._fetch, on_download)
+        self._steppers: list[Stepper] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the streams and the connection."""
+        for stepper in self._steppers:
+            stepper.close()
+        self._channel.close()
+
+    def load_model(
+        self,
+        cut: str = "4:4",
+        *,
+        codec: str | Codecs = "auto",
+        dtype: str = "auto",
+        device: str = "auto",
+        local_path: str | Path | None = None,
+    ) -> PreTrainedModel:
+        """A transformers model whose trunk runs in this cloud.
+
+        Args:
+            cut: "k:m": k blocks at the bottom and m at the top stay here.
+            codec: One for all tensors, or `Codecs`; "auto" changes no bit.
+            dtype: Of the weights here; "auto" takes the cloud's.
+            device: auto, cpu, cuda or mps.
+            local_path: A whole checkpoint of the same fingerprint, to slice instead of downloading.
+
+        Raises:
+            CutError: This cloud does not allow the cut.
+            FingerprintError: The weights are not what the cloud announced.
+        """
+        card, parsed = self.card, Cut.parse(cut)
+        policy = card.cut_policy
+        CutPolicy(policy.min_bottom, policy.min_top, policy.max_bottom, policy.max_top).check(
+            parsed, card.num_blocks
+        )
+        as_dtype = choose_dtype(card.dtype if dtype == "auto" else dtype, torch.float32)
+        stepper = Stepper(
+            self.run,
+            lambda: self._open_stream(cut),
+            self._codecs(codec, as_dtype),
+            max_tokens_per_step=card.limits.max_tokens_per_step,
+            on_row=self._step_row,
+            on_retry=self._on_retry,
+            policy=self._policy,
+        )
+        self._steppers.append(stepper)
+        return build_split_model(
+            card,
+            parsed,
+            stepper,
+            self._store,
+            dtype=as_dtype,
+            device=choose_device(device),
+            local_path=None if local_path is None else Path(local_path),
+        )
+
+    def load_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The backbone's own tokenizer."""
+        folder = self._store.files(self.card)
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"The cloud's model brings no usable tokenizer: {error}", cure="Load a tokenizer yourself."
+            ) from error
+        return tokenizer
+
+    def usage(self) -> list[pb.RunUsage]:
+        """What this tenant has used, run by run, as the cloud bills it."""
+        try:
+            reply = self._stub.Usage(pb.UsageRequest(), timeout=_CALL_S, metadata=self._metadata())
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return list(reply.runs)
+
+    def _describe(self, wait_s: float) -> None:
+        deadline_s = time.monotonic() + wait_s
+        while True:
+            try:
+                self.card = self._stub.Describe(pb.DescribeRequest(), timeout=_CALL_S)
+                break
+            except grpc.RpcError as error:
+                problem = error_from_rpc(error)
+                if not isinstance(problem, CloudUnavailableError) or time.monotonic() > deadline_s:
+                    raise problem from error
+            time.sleep(0.25)
+        if self.card.protocol != PROTOCOL:
+            raise ProtocolError(
+                f"The cloud speaks {self.card.protocol!r}, this edge {PROTOCOL!r}.",
+                cure="Upgrade the older side.",
+            )
+        check_card(self.card)
+
+    def _open_stream(self, cut: str) -> Channel:
+        """A fresh handshake and its stream; the card is fetched again, for a restarted cloud has new keys."""
+        fingerprint = self.card.fingerprint
+        try:
+            card = self._stub.Describe(pb.DescribeRequest(), timeout=_CALL_S)
+            handshake = ClientHandshake(
+                card.key_bundle,
+                self._identity,
+                self._identity.trust,
+                cut=cut,
+                fingerprint=fingerprint,
+                run=self.run,
+            )
+            reply = self._stub.Handshake(handshake.request, timeout=_CALL_S)
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        return GrpcChannel(self._channel, handshake.finish(reply), tls=self._tls)
+
+    def _fetch(self, sha256: str, offset: int) -> Iterator[bytes]:
+        started_s, moved = time.perf_counter(), 0
+        try:
+            for chunk in self._stub.Download(pb.DownloadRequest(sha256=sha256, offset=offset)):
+                moved += wire_bytes([chunk.ByteSize()], tls=self._tls)
+                yield chunk.data
+        except grpc.RpcError as error:
+            raise error_from_rpc(error) from error
+        finally:
+            name = next((blob.name for blob in self.card.blobs if blob.sha256 == sha256), sha256)
+            row = {
+                "row": "transfer",
+                "kind": "weights",
+                "name": name,
+                "wire_up_bytes": 0,
+                "wire_down_bytes": moved,
+            }
+            self._on_row(row | {"seconds": time.perf_counter() - started_s, "time_unix_s": time.time()})
+
+    def _step_row(self, row: StepRow) -> None:
+        self._on_row(row.to_json())
+
+    def _codecs(self, codec: str | Codecs, dtype: torch.dtype) -> Codecs:
+        if isinstance(codec, str):
+            codec = Codecs.same(lossless(dtype) if codec == "auto" else codec)
+        asked = {codec.activations_up, codec.activations_down, codec.gradients_up, codec.gradients_down}
+        if missing := asked - set(self.card.codecs):
+            raise UsageError(
+                f"This cloud does not know the codec {missing.pop()!r}.",
+                cure=f"It knows {', '.join(self.card.codecs)}.",
+            )
+        return codec
+
+    def _metadata(self) -> tuple[tuple[str, str], ...]:
+        return () if self._tls else ((TENANT_KEY, self._identity.name),)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The backbone's transformers config."""
+        values: dict[str, Any] = json.loads(self.card.config_json)
+        return values

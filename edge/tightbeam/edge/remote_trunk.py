@@ -1,0 +1,88 @@
+"""The remote thing behaves like the local thing: an `nn.Module` in block k's place whose backward works.
+
+B = batch, T = padded length, N = real tokens, D = hidden size.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tightbeam.common.backbone import Anatomy, Packer, Segments
+from tightbeam.common.errors import UsageError
+from tightbeam.edge.stepper import Stepper
+
+__all__ = ["PassThrough", "RemoteTrunk"]
+
+
+class RemoteTrunk(nn.Module):
+    """Runs blocks `[k, L-m)` in the cloud. Called by the model like one of its own blocks."""
+
+    def __init__(self, stepper: Stepper, attention_type: str | None = None) -> None:
+        super().__init__()
+        self.stepper = stepper
+        self.attention_type = attention_type  # some models ask their blocks for it
+        self._mask_BT: Tensor | None = None
+
+    def watch(self, anatomy: Anatomy) -> None:
+        """Note the 2-D attention mask of every forward: packing needs it, and blocks only get a dense one."""
+        anatomy.trunk_owner.register_forward_pre_hook(self._note_mask, with_kwargs=True)
+
+    def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Hidden states after the trunk, `[B, T, D]`; zeros at padding."""
+        past = kwargs.get("past_key_values")
+        if past is not None and past.get_seq_length() > 0 and hidden_BTD.shape[1] < past.get_seq_length():
+            raise UsageError(
+                "A key/value cache does not reach into the cloud.",
+                cure="Call generate(..., use_cache=False).",
+            )
+        batch, length = hidden_BTD.shape[:2]
+        packer = Packer((batch, length), self._mask_BT, kwargs["position_ids"])
+        out_ND = _through_cloud(packer.pack(hidden_BTD), self.stepper, packer.segments)
+        return packer.unpack(out_ND)
+
+    def _note_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        mask = kwargs.get("attention_mask")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise UsageError(
+                "The split model takes a 2-D attention mask [batch, length].",
+                cure="Pass the tokenizer's attention_mask; 4-D masks cannot be sent as packed rows.",
+            )
+        self._mask_BT = mask
+
+
+class PassThrough(nn.Module):
+    """In every other trunk block's place, so that the blocks that stay keep index and parameter names."""
+
+    def __init__(self, attention_type: str | None = None) -> None:
+        super().__init__()
+        self.attention_type = attention_type
+
+    def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the hidden states as they came."""
+        return hidden_BTD
+
+
+def _through_cloud(hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
+    out_ND: Tensor = _CloudSpan.apply(hidden_ND, stepper, segments)  # type: ignore[no-untyped-call]
+    return out_ND
+
+
+class _CloudSpan(torch.autograd.Function):
+    """The trunk on packed rows; its gradient comes from the cloud too."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
+        keep = bool(ctx.needs_input_grad[0])
+        out_ND, ctx.step = stepper.forward(hidden_ND, segments, keep=keep)
+        ctx.stepper, ctx.segments = stepper, segments
+        ctx.save_for_backward(hidden_ND)
+        return out_ND.to(hidden_ND.device, hidden_ND.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+        (hidden_ND,) = ctx.saved_tensors
+        grad_input_ND = ctx.stepper.backward(ctx.step, grad_ND, hidden_ND, ctx.segments)
+        return grad_input_ND.to(grad_ND.device, grad_ND.dtype), None, None

@@ -1,0 +1,54 @@
+"""Build the split model.
+
+A true transformers model that holds bottom, top, embeddings and head; its trunk is remote.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from tightbeam.common.backbone import Cut, build_skeleton, config_from_dict, dissect, fill
+from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
+from tightbeam.edge.stepper import Stepper
+from tightbeam.edge.weights import BlobStore, local_source
+from tightbeam.proto.backbone_pb2 import Card
+
+__all__ = ["build_split_model"]
+
+
+def build_split_model(
+    card: Card,
+    cut: Cut,
+    stepper: Stepper,
+    store: BlobStore,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    local_path: Path | None = None,
+) -> PreTrainedModel:
+    """Instantiate only what stays at the edge and fill it from the cloud's blobs or a local checkpoint.
+
+    The model generates without a key/value cache: the whole sequence goes through the cloud for every token.
+    """
+    config = config_from_dict(json.loads(card.config_json))
+    model = build_skeleton(config, dtype)
+    anatomy = dissect(model)
+    span = cut.trunk(card.num_blocks)
+    kinds = getattr(model.config, "layer_types", None) or [None] * card.num_blocks
+    trunk = RemoteTrunk(stepper, kinds[span[0]])
+    for index in span:
+        anatomy.blocks[index] = trunk if index == span[0] else PassThrough(kinds[index])
+    if local_path is not None:
+        load = local_source(local_path, card, model, anatomy)
+    else:
+        held = {f"block.{i}" for i in range(card.num_blocks) if i not in span} | {"embedding", "head", "rest"}
+        load = store.source([blob for blob in card.blobs if blob.name in held])
+    fill(model, load, lambda name: True, dtype, device)
+    trunk.watch(anatomy)
+    model.config.use_cache = False
+    if model.generation_config is not None:
+        model.generation_config.use_cache = False
+    model.name_or_path = card.model  # what PEFT writes into adapter_config.json
+    return model

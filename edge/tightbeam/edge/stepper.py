@@ -1,0 +1,208 @@
+"""Takes a run's steps to the cloud and back, whatever happens on the way, and accounts for each.
+
+A transient failure reconnects with a fresh handshake and sends the step again under the same key, so it is
+billed once. A cloud that lost a step between forward and backward gets the inputs again. Permanent errors
+are raised at once.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tightbeam.common.backbone import Segments
+from tightbeam.common.costs.rows import StepBytes, StepRow
+from tightbeam.common.errors import (
+    CloudUnavailableError,
+    IntegrityError,
+    NonFiniteError,
+    StepTooLargeError,
+    TightbeamError,
+    UnknownStepError,
+    error_from_code,
+)
+from tightbeam.common.wire.codecs import Codecs
+from tightbeam.common.wire.messages import encode_tensor
+from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, KINDS
+from tightbeam.edge.channel import Channel, Exchange
+from tightbeam.proto.backbone_pb2 import BACKWARD, FORWARD, StepKind, StepReply, StepRequest, TensorSpec
+
+__all__ = ["RetryPolicy", "Stepper"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetryPolicy:
+    """How long transient failures are retried; printed with every retry."""
+
+    give_up_after_s: float = 120.0
+    first_wait_s: float = 0.25
+    longest_wait_s: float = 10.0
+    max_integrity_failures: int = 3  # a wire that keeps altering records is not a transient fault
+
+
+class Stepper:
+    """The steps of one run, over one channel at a time."""
+
+    def __init__(
+        self,
+        run: str,
+        open_channel: Callable[[], Channel],
+        codecs: Codecs,
+        *,
+        max_tokens_per_step: int,
+        on_row: Callable[[StepRow], None] = lambda row: None,
+        on_retry: Callable[[str], None] = print,
+        policy: RetryPolicy | None = None,
+    ) -> None:
+        self.run, self.codecs = run, codecs
+        self._open_channel = open_channel
+        self._max_tokens = max_tokens_per_step
+        self._on_row, self._on_retry = on_row, on_retry
+        self._policy = policy or RetryPolicy()
+        self._channel: Channel | None = None
+        self._next_step = 0
+        self._lock = threading.Lock()
+
+    def forward(self, hidden_ND: Tensor, segments: Segments, *, keep: bool) -> tuple[Tensor, int]:
+        """Hidden states after the trunk, `[N, D]` on the CPU, and the step's number.
+
+        Raises `StepTooLargeError`, `NonFiniteError`, and `CloudUnavailableError` after the retry limit.
+        """
+        if segments.num_tokens > self._max_tokens:
+            raise StepTooLargeError(
+                f"A batch of {segments.num_tokens} tokens is over the cloud's limit of {self._max_tokens}.",
+                cure="Lower train.batch_size or data.max_length.",
+            )
+        with self._lock:
+            step, self._next_step = self._next_step, self._next_step + 1
+        codecs = self.codecs
+        job = _Job(FORWARD, step, segments, keep, codecs.activations_down)
+        job.add(HIDDEN, _finite(hidden_ND, "activations"), codecs.activations_up)
+        return self._finish(job, HIDDEN), step
+
+    def backward(self, step: int, grad_ND: Tensor, hidden_ND: Tensor, segments: Segments) -> Tensor:
+        """The gradient of the trunk's input, `[N, D]` on the CPU; `hidden_ND` is the forward's input."""
+        codecs = self.codecs
+        job = _Job(BACKWARD, step, segments, False, codecs.gradients_down)
+        job.add(GRADIENT, _finite(grad_ND, "gradients"), codecs.gradients_up)
+        try:
+            return self._finish(job, GRADIENT)
+        except UnknownStepError:
+            job.add(HIDDEN, hidden_ND, codecs.activations_up)
+            return self._finish(job, GRADIENT)
+
+    def close(self) -> None:
+        """Close the channel."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+
+    def _finish(self, job: "_Job", result: str) -> Tensor:
+        exchange = self._exchange(job)
+        started_s = time.perf_counter()
+        tensor_ND = exchange.reply.tensor(result)
+        job.codec_s += time.perf_counter() - started_s
+        self._on_row(job.row(self.run, exchange))
+        return tensor_ND
+
+    def _exchange(self, job: "_Job") -> Exchange:
+        started_s, wait_s, num_integrity = time.monotonic(), self._policy.first_wait_s, 0
+        while True:
+            try:
+                return self._attempt(job)
+            except (CloudUnavailableError, IntegrityError, TightbeamError) as error:
+                num_integrity += isinstance(error, IntegrityError)
+                retry = error.transient or 0 < num_integrity <= self._policy.max_integrity_failures
+                left_s = self._policy.give_up_after_s - (time.monotonic() - started_s)
+                if not retry or left_s <= 0:
+                    raise
+                self._on_retry(f"{error.message} Retrying step {job.step} for up to {left_s:.0f} s more.")
+            time.sleep(min(wait_s, max(left_s, 0.0)))
+            wait_s = min(2 * wait_s, self._policy.longest_wait_s)
+
+    def _attempt(self, job: "_Job") -> Exchange:
+        job.attempts += 1
+        try:
+            if self._channel is None:
+                self._channel = self._open_channel()
+            exchange = self._channel.submit(job.header, job.payloads).result()
+        except TightbeamError:
+            self.close()
+            raise
+        reply: StepReply = exchange.reply.header
+        if reply.HasField("failure"):
+            job.resent_bytes += exchange.moved.wire_total_bytes
+            raise error_from_code(reply.failure.code, reply.failure.message, reply.failure.cure)
+        return exchange
+
+
+class _Job:
+    """One step of one kind until it is answered."""
+
+    def __init__(
+        self, kind: StepKind.ValueType, step: int, segments: Segments, keep: bool, reply_codec: str
+    ) -> None:
+        starts, counts = segments.runs()
+        self.kind, self.step, self.segments = kind, step, segments
+        self.header = StepRequest(
+            step=step,
+            kind=kind,
+            keep=keep,
+            reply_codec=reply_codec,
+            lengths=segments.lengths,
+            run_starts=starts,
+            run_lengths=counts,
+        )
+        self.payloads: list[Tensor] = []
+        self.attempts = 0
+        self.resent_bytes = 0
+        self.codec_s = 0.0
+
+    def add(self, name: str, tensor_ND: Tensor, codec: str) -> None:
+        """Code one tensor into the request."""
+        started_s = time.perf_counter()
+        spec: TensorSpec
+        spec, payload = encode_tensor(name, tensor_ND, codec)
+        self.header.tensors.append(spec)
+        self.payloads.append(payload)
+        self.codec_s += time.perf_counter() - started_s
+
+    def row(self, run: str, exchange: Exchange) -> StepRow:
+        """The accounts of the finished step.
+
+        What an earlier attempt was billed for counts, the rest is re-sent.
+        """
+        reply: StepReply = exchange.reply.header
+        billed, resent_bytes = exchange.moved, self.resent_bytes
+        if reply.HasField("billed_before"):
+            receipt = reply.billed_before
+            billed = StepBytes(**{field.name: value for field, value in receipt.ListFields()})
+            resent_bytes += exchange.moved.wire_total_bytes
+        return StepRow(
+            run=run,
+            step=self.step,
+            kind=KINDS[self.kind],
+            tokens=self.segments.num_tokens,
+            segments=len(self.segments.lengths),
+            bytes=billed,
+            cloud_flops=reply.flops,
+            codec_s=self.codec_s,
+            seal_s=exchange.seal_s,
+            network_s=max(exchange.wall_s - exchange.seal_s - reply.queue_s - reply.compute_s, 0.0),
+            cloud_queue_s=reply.queue_s,
+            cloud_compute_s=reply.compute_s,
+            resent_bytes=resent_bytes,
+            attempts=self.attempts,
+            time_unix_s=time.time(),
+        )
+
+
+def _finite(tensor_ND: Tensor, what: str) -> Tensor:
+    if not bool(tensor_ND.isfinite().all()):
+        raise NonFiniteError(
+            f"The {what} at the cut hold NaN or Inf; nothing was sent.",
+            cure="Lower train.lr, clip gradients, or use float32; the last checkpoint is untouched.",
+        )
+    return tensor_ND
