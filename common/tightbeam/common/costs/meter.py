@@ -91,12 +91,12 @@ class StepMeter:
         )
 
 
-def peak_memory_bytes(device: str = "cpu") -> int:
+def peak_memory_bytes(device: object = "cpu") -> int:
     """Most memory that this process has held: on CUDA what torch allocated there, else resident memory."""
-    if device.startswith("cuda"):
+    if str(device).startswith("cuda"):
         import torch
 
-        return int(torch.cuda.max_memory_allocated(device))
+        return int(torch.cuda.max_memory_allocated(str(device)))
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     return _peak_resident_bytes()
