@@ -59,12 +59,12 @@ class ModelSection(_Section):
 
 
 class Codecs(_Section):
-    """Which codec carries each of the four tensors of a step (see docs/recipes.md)."""
+    """Which codec carries each of the four tensors of a step; `auto` changes no bit (see docs/recipes.md)."""
 
-    activations_up: str = Field(default="fp32", pattern=CODEC_NAME, description="Bottom to trunk, forward.")
-    activations_down: str = Field(default="fp32", pattern=CODEC_NAME, description="Trunk to top, forward.")
-    gradients_up: str = Field(default="fp32", pattern=CODEC_NAME, description="Top to trunk, backward.")
-    gradients_down: str = Field(default="fp32", pattern=CODEC_NAME, description="Trunk to bottom, backward.")
+    activations_up: str = Field(default="auto", pattern=CODEC_NAME, description="Bottom to trunk, forward.")
+    activations_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to top, forward.")
+    gradients_up: str = Field(default="auto", pattern=CODEC_NAME, description="Top to trunk, backward.")
+    gradients_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to bottom, backward.")
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tightbeam.common.backbone import Cut, CutPolicy
+from tightbeam.common.config import Codecs
 from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.devices import choose_device, choose_dtype
@@ -24,7 +25,7 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.common.identity import Identity, ephemeral_identity, load_identity
-from tightbeam.common.wire.codecs import Codecs, lossless
+from tightbeam.common.wire.codecs import lossless
 from tightbeam.common.wire.handshake import ClientHandshake
 from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
 from tightbeam.common.wire.stepping import TENANT_KEY
@@ -275,15 +276,14 @@ class Cloud:
         self._on_row(row.to_json())
 
     def _codecs(self, codec: str | Codecs, dtype: torch.dtype) -> Codecs:
-        if isinstance(codec, str):
-            codec = Codecs.same(lossless(dtype) if codec == "auto" else codec)
-        asked = {codec.activations_up, codec.activations_down, codec.gradients_up, codec.gradients_down}
-        if missing := asked - set(self.card.codecs):
+        names = dict.fromkeys(Codecs.model_fields, codec) if isinstance(codec, str) else codec.model_dump()
+        names = {tensor: lossless(dtype) if name == "auto" else name for tensor, name in names.items()}
+        if missing := set(names.values()) - set(self.card.codecs):
             raise UsageError(
                 f"This cloud does not know the codec {missing.pop()!r}.",
                 cure=f"It knows {', '.join(self.card.codecs)}.",
             )
-        return codec
+        return Codecs(**names)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return () if self._tls else ((TENANT_KEY, self._identity.name),)

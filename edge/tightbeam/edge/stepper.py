@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tightbeam.common.backbone import Segments
+from tightbeam.common.config import Codecs
 from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.common.errors import (
     CloudUnavailableError,
@@ -23,7 +24,6 @@ from tightbeam.common.errors import (
     UnknownStepError,
     error_from_code,
 )
-from tightbeam.common.wire.codecs import Codecs
 from tightbeam.common.wire.messages import encode_tensor
 from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, KINDS
 from tightbeam.edge.channel import Channel, Exchange

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tightbeam.common.errors import CodecError, NonFiniteError
 
-__all__ = ["CODECS", "Codec", "Codecs", "codec", "lossless"]
+__all__ = ["CODECS", "Codec", "codec", "lossless"]
 
 assert sys.byteorder == "little", "payloads are little-endian"
 
@@ -107,25 +107,6 @@ def codec(name: str) -> Codec:
 def lossless(dtype: torch.dtype) -> str:
     """The smallest codec that changes nothing in tensors of `dtype`."""
     return "bf16" if dtype == torch.bfloat16 else "fp32"
-
-
-@dataclass(frozen=True, slots=True)
-class Codecs:
-    """A codec per direction and kind of tensor; `up` is edge to cloud."""
-
-    activations_up: str
-    activations_down: str
-    gradients_up: str
-    gradients_down: str
-
-    @classmethod
-    def same(cls, name: str) -> "Codecs":
-        """One codec for everything."""
-        return cls(name, name, name, name)
-
-    def __post_init__(self) -> None:
-        for name in (self.activations_up, self.activations_down, self.gradients_up, self.gradients_down):
-            codec(name)
 
 
 _NON_FINITE_CURE = "Lower the learning rate or clip gradients; the last checkpoint is untouched."

@@ -1,0 +1,94 @@
+"""`tightbeam train`: connect, load the split model, train the recipe, write the report."""
+
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from tightbeam.common.config import Recipe
+from tightbeam.common.costs.rows import StepRow
+from tightbeam.edge.connection import connect
+from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
+
+__all__ = ["run_recipe"]
+
+
+class _Rows:
+    """Collects the accounts of the wire until the training loop asks for them."""
+
+    def __init__(self) -> None:
+        self._steps: list[StepRow] = []
+        self.others: list[dict[str, Any]] = []
+
+    def add(self, row: dict[str, Any]) -> None:
+        if row["row"] == "step":
+            self._steps.append(StepRow.from_json(row))
+        else:
+            self.others.append(row)
+
+    def drain(self) -> Sequence[StepRow]:
+        steps, self._steps = self._steps, []
+        return steps
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False, console: Console | None = None) -> TrainResult:
+    """Train `recipe` against its cloud.
+
+    Raises what `connect`, `Cloud.load_model` and `train_recipe` raise.
+    """
+    console = console or Console(stderr=True)
+    result = train_recipe(recipe, load=lambda r: _load(r, console), resume=resume, console=console)
+    if recipe.output.report and result.exit_code == 0:
+        from tightbeam.common.costs.report import write_report
+
+        write_report([result.folder.path], result.folder.path)
+    return result
+
+
+def _load(recipe: Recipe, console: Console) -> LoadedModel:
+    section, rows = recipe.model, _Rows()
+    # A new name for every start: steps computed again after a crash are new work, and are billed as such.
+    run = f"{recipe.output.name}-{uuid.uuid4().hex[:8]}"
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        tasks: dict[str, Any] = {}
+
+        def on_download(name: str, done: int, total: int) -> None:
+            if name not in tasks:
+                tasks[name] = progress.add_task(f"fetching {name}", total=total)
+            progress.update(tasks[name], completed=done)
+
+        cloud = connect(
+            section.cloud,
+            identity=section.identity,
+            insecure=section.insecure,
+            name=recipe.output.name,
+            run=run,
+            on_row=rows.add,
+            on_retry=lambda line: console.print(line, style="yellow", markup=False, highlight=False),
+            on_download=on_download,
+        )
+        try:
+            model = cloud.load_model(
+                recipe.cut,
+                codec=recipe.codec,
+                dtype=section.dtype,
+                device=section.device,
+                local_path=section.local_path,
+            )
+            tokenizer = cloud.load_tokenizer()
+        except BaseException:
+            cloud.close()
+            raise
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        close=cloud.close,
+        steps=rows,
+        name=cloud.card.model,
+        fingerprint=cloud.card.fingerprint,
+        run=run,
+        ledger_rows=rows.others,
+    )
