@@ -1,0 +1,218 @@
+"""The run folder: everything one training run reads back or leaves behind.
+
+    runs/<name>/
+        config.yaml     the resolved recipe          env.json      versions, platform, device
+        ledger.jsonl    what every step cost         metrics.csv   loss, rate, bytes per optimizer step
+        checkpoints/    step-N/, to resume from      adapter/      the result, in PEFT's format
+        report.html     the report
+
+A folder belongs to one run. Starting again in it needs `resume`, and a recipe whose numbers are the same.
+Files are written beside their place and then moved there, so that a kill or a full disk leaves the old one.
+"""
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Self
+
+from tightbeam.common.config import Recipe, load_recipe
+from tightbeam.common.errors import RecipeError, TightbeamError, UsageError
+
+__all__ = ["MetricsFile", "RunFolder", "atomic_write", "sync_folder", "write_failed"]
+
+_PACKAGES = ("tightbeam", "torch", "transformers", "peft", "grpcio", "cryptography", "safetensors", "numpy")
+_FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
+
+
+def write_failed(path: Path, error: OSError) -> TightbeamError:
+    """Build the error for a file that could not be written: names it, and says so when the disk is full."""
+    if error.errno in _FULL:
+        return TightbeamError(
+            f"No space left to write {path} ({error.strerror}).",
+            cure="What was saved before is intact. Free some space, then go on with --resume.",
+        )
+    return TightbeamError(
+        f"Cannot write {path}: {error.strerror or error}.", cure="Check the folder's permissions."
+    )
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Replace a file by `data`, whole or not at all, and durable when this returns.
+
+    Raises:
+        TightbeamError: the disk is full or the folder cannot be written; the old file is as it was.
+
+    """
+    path = Path(path)
+    temporary: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        raise write_failed(path, error) from error
+
+
+def sync_folder(path: Path) -> None:
+    """Make renames inside a folder durable; Windows has no such call and needs none."""
+    if sys.platform == "win32":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where the files of one run are."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "config.yaml"
+
+    @property
+    def env(self) -> Path:
+        """Versions, platform and device."""
+        return self.path / "env.json"
+
+    @property
+    def ledger(self) -> Path:
+        """One JSON row per step, optimizer step and evaluation."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """One CSV row per optimizer step."""
+        return self.path / "metrics.csv"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, in PEFT's format."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folders `step-N`."""
+        return self.path / "checkpoints"
+
+    @property
+    def report(self) -> Path:
+        """The report page."""
+        return self.path / "report.html"
+
+    @classmethod
+    def open(cls, recipe: Recipe, *, resume: bool = False) -> Self:
+        """Claim the recipe's folder for a new run, or check that its run may go on.
+
+        Raises:
+            RecipeError: the folder holds a run and `resume` is off, or that run had other numbers.
+            UsageError: `resume` is on and there is no run.
+
+        """
+        folder = cls(recipe.run_folder)
+        if folder.config.exists():
+            folder._check_same_run(recipe, resume)
+        elif resume:
+            raise UsageError(
+                f"{folder.path} holds no run to resume.",
+                cure="Leave --resume out to start one, or check output.name.",
+            )
+        atomic_write(folder.config, recipe.resolved_yaml())
+        return folder
+
+    def _check_same_run(self, recipe: Recipe, resume: bool) -> None:
+        if not resume:
+            raise RecipeError(
+                f"{self.path} already holds a run.",
+                cure="Add --resume to go on with it, or give this run another output.name.",
+            )
+        changed = _differences(load_recipe(self.config).numbers(), recipe.numbers())
+        if changed:
+            raise RecipeError(
+                f"{self.path} was started with another recipe: {'; '.join(changed)}.",
+                cure="Resume with the same values, or give the new run another output.name.",
+            )
+
+    def write_env(self, **facts: str) -> None:
+        """Write env.json: installed versions, the platform, and `facts` such as the device."""
+        atomic_write(self.env, json.dumps({**environment(), **facts}, indent=2) + "\n")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and platform of this process."""
+    versions = {}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    found: list[str] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key} was {before!r} and is now {after!r}")
+    return found
+
+
+class MetricsFile:
+    """metrics.csv, one row per optimizer step, in the hands of the training loop."""
+
+    COLUMNS = (
+        "optimizer_step", "epoch", "loss", "eval_loss", "lr", "grad_norm", "tokens", "wall_s",
+        "wire_up_bytes", "wire_down_bytes",
+    )  # fmt: skip
+
+    def __init__(self, path: Path, *, after_step: int = 0) -> None:
+        """Open the file; rows after `after_step`, which a resumed run will do again, are taken out."""
+        self._path = path
+        kept = [row for row in self._rows() if int(row["optimizer_step"]) <= after_step]
+        atomic_write(path, self._csv(kept, header=True))
+
+    def append(self, **row: float | str) -> None:
+        """Add the row of one optimizer step; unknown columns are a `ValueError`."""
+        try:
+            with self._path.open("a", encoding="utf-8", newline="") as file:
+                file.write(self._csv([row], header=False))
+        except OSError as error:
+            raise write_failed(self._path, error) from error
+
+    def _rows(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        rows = csv.DictReader(io.StringIO(self._path.read_text(encoding="utf-8"), newline=""))
+        return [row for row in rows if None not in row.values()]  # a kill may have torn the last line
+
+    def _csv(self, rows: list[dict[str, Any]], *, header: bool) -> str:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.COLUMNS, lineterminator="\n")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue()
