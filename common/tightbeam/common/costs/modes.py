@@ -1,0 +1,132 @@
+"""Bytes per token of every mode, from formulas alone: what a run will move and would have moved otherwise.
+
+With d the hidden size and one codec, per token: `ushape` 4d in every training step (activations up and down,
+gradients up and down) and 2d in every evaluation; `top` 2d once ever, then its cache serves every epoch;
+`side` d up and d plus eight taps of d/16 down, once ever; `local` nothing.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tightbeam.common.costs.prices import Prices
+from tightbeam.common.costs.schema import Edge, ModeCost, Prediction
+
+__all__ = ["NUM_TAPS", "TAP_SHARE", "TokenBytes", "mode_costs", "predict"]
+
+USHAPE_RULE = "4d per token of every training step, 2d of every evaluation"
+NUM_TAPS = 8
+TAP_SHARE = 1 / 16
+"""Width of a side-tuning tap as a share of the hidden size."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBytes:
+    """Payload bytes of one token's row in each of the four tensors."""
+
+    activations_up: float
+    activations_down: float
+    gradients_up: float
+    gradients_down: float
+
+    @classmethod
+    def of(cls, hidden_size: int, codecs: Mapping[str, str]) -> "TokenBytes":
+        """Ask each codec how long a row of `hidden_size` gets; `CodecError` for an unknown one."""
+        from tightbeam.common.wire.codecs import codec  # needs torch, which a price table does not
+
+        return cls(**{name: codec(codecs[name]).num_bytes((1, hidden_size)) for name in cls.__slots__})
+
+    @property
+    def forward(self) -> float:
+        """Activations up and down."""
+        return self.activations_up + self.activations_down
+
+    @property
+    def training(self) -> float:
+        """A forward and a backward."""
+        return self.forward + self.gradients_up + self.gradients_down
+
+
+def predict(
+    row: TokenBytes, *, training_tokens: int, evaluation_tokens: int, measured_payload_bytes: int
+) -> Prediction:
+    """Say what `ushape` moves for so many tokens, beside what was measured."""
+    predicted = row.training * training_tokens + row.forward * evaluation_tokens
+    return Prediction(
+        bytes_per_training_token=row.training,
+        bytes_per_evaluation_token=row.forward,
+        predicted_payload_bytes=round(predicted),
+        measured_payload_bytes=measured_payload_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What every mode is asked to do: the tokens and operations of one edge."""
+
+    row: TokenBytes
+    training_tokens: int
+    evaluation_tokens: int
+    passes: float
+    num_evals: int
+    forward_flops: int
+    evaluation_flops: int
+
+    @property
+    def tokens_once(self) -> float:
+        """Tokens of training and evaluation data, each counted once."""
+        return self.training_tokens / self.passes + self.evaluation_tokens / self.num_evals
+
+    @property
+    def flops_once(self) -> float:
+        """Cloud operations of one forward over all of them."""
+        return self.forward_flops / self.passes + self.evaluation_flops / self.num_evals
+
+
+def mode_costs(
+    edges: list[Edge], passes: Mapping[str, float], wire_ratio: float, prices: Prices
+) -> list[ModeCost]:
+    """Compare the measured mode with the others; empty when an edge has no prediction.
+
+    `passes` says, by edge name, how often each training example was seen; `wire_ratio` is wire over payload
+    bytes.
+    """
+    if any(edge.prediction is None or edge.hidden_size is None for edge in edges):
+        return []
+    jobs = [_job(edge, passes[edge.name]) for edge in edges]
+    measured = sum(edge.prediction.measured_payload_bytes for edge in edges if edge.prediction)
+    measured_flops = sum(sum(edge.cloud_flops.values()) for edge in edges)
+
+    def cost(mode: str, payload: float, flops: float, rule: str, *, is_measured: bool = False) -> ModeCost:
+        wire = round(payload * wire_ratio)
+        return ModeCost(
+            mode=mode,
+            measured=is_measured,
+            payload_bytes=round(payload),
+            cloud_flops=round(flops),
+            cloud_bill=prices.bill(wire_bytes=wire, cloud_flops=round(flops), edge_joules=0).total,
+            rule=rule,
+        )
+
+    once = "each example crosses once, then a local cache serves it"
+    top = sum(job.tokens_once * job.row.forward for job in jobs)
+    taps = sum(job.tokens_once * job.row.activations_down * NUM_TAPS * TAP_SHARE for job in jobs)
+    flops_once = sum(job.flops_once for job in jobs)
+    return [
+        cost(edges[0].mode, measured, measured_flops, USHAPE_RULE, is_measured=True),
+        cost("top", top, flops_once, f"2d per token; {once}"),
+        cost("side", top + taps, flops_once, f"2d and {NUM_TAPS} taps of d/16 per token; {once}"),
+        cost("local", 0, 0, "nothing crosses; the edge holds and computes every block"),
+    ]
+
+
+def _job(edge: Edge, passes: float) -> _Job:
+    assert edge.hidden_size is not None
+    return _Job(
+        row=TokenBytes.of(edge.hidden_size, edge.codecs),
+        training_tokens=edge.training_tokens,
+        evaluation_tokens=edge.evaluation_tokens,
+        passes=max(passes, 1.0),
+        num_evals=max(len(edge.eval_loss), 1),
+        forward_flops=edge.cloud_flops.get("forward", 0),
+        evaluation_flops=edge.cloud_flops.get("evaluation", 0),
+    )

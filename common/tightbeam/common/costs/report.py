@@ -1,0 +1,134 @@
+"""Writes what runs cost: `costs.json`, `costs.csv` and one self-contained `report.html`; prints a table.
+
+The page needs no network and no script: its pictures are inline SVG, its colours follow the reader's light or
+dark preference, and it prints. Every text from a ledger is escaped.
+"""
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tightbeam.common.costs import units
+from tightbeam.common.costs.prices import Prices
+from tightbeam.common.costs.schema import Costs, Edge
+from tightbeam.common.costs.summary import summarise
+from tightbeam.common.runs import atomic_write
+
+__all__ = ["PHASES", "to_csv", "to_html", "write_files", "write_report"]
+
+PHASES = {
+    "edge_compute": "edge compute",
+    "codec": "codec",
+    "seal": "seal",
+    "network": "network",
+    "cloud_queue": "cloud queue",
+    "cloud_compute": "cloud compute",
+    "other": "other",
+}
+"""Fields of `Seconds` that add up to its `wall`, and their names for people."""
+
+_TEMPLATES = Path(__file__).parent / "templates"
+
+
+def write_report(run_folders: Sequence[str | Path], output: str | Path, prices: Prices | None = None) -> Path:
+    """Sum up run folders and write the three files into `output`; the page's path is returned.
+
+    Raises:
+        DataError: see `summarise`.
+        TightbeamError: `output` cannot be written.
+
+    """
+    return write_files(summarise(run_folders, prices), output)
+
+
+def write_files(costs: Costs, output: str | Path) -> Path:
+    """Write `costs.json`, `costs.csv` and `report.html` into `output`, each whole or not at all."""
+    output = Path(output)
+    page = output / "report.html"
+    atomic_write(output / "costs.json", costs.to_json())
+    atomic_write(output / "costs.csv", to_csv(costs))
+    atomic_write(page, to_html(costs))
+    return page
+
+
+def to_csv(costs: Costs) -> str:
+    """One line per edge and quantity: `edge,quantity,unit,value`."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("edge", "quantity", "unit", "value"))
+    for edge in costs.edges:
+        writer.writerows((edge.name, *line) for line in _quantities(edge))
+    return text.getvalue()
+
+
+def to_html(costs: Costs) -> str:
+    """Render the page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in units.__all__:
+        environment.filters[name.removesuffix("_text")] = getattr(units, name)
+    return environment.get_template("report.html").render(
+        costs=costs,
+        total=costs.total,
+        prices=costs.prices,
+        phases=PHASES,
+        plots=_plots(costs),
+        loss=_loss(costs),
+    )
+
+
+def _plots(costs: Costs) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    from tightbeam.common.costs import plots
+
+    seconds = {
+        edge.name: {label: getattr(edge.seconds, field) for field, label in PHASES.items()}
+        for edge in costs.edges
+    }
+    flops = {
+        edge.name: {"edge": edge.edge_flops / 1e12, "cloud": sum(edge.cloud_flops.values()) / 1e12}
+        for edge in costs.edges
+    }
+    pictures = {
+        "loss": plots.loss_svg(costs.edges),
+        "bytes": plots.bytes_svg(costs.edges),
+        "seconds": plots.bars_svg("seconds", seconds, "seconds"),
+        "flops": plots.bars_svg("flops", flops, "TFLOP"),
+    }
+    return {name: Markup(svg) for name, svg in pictures.items()}  # noqa: S704  # our own drawing; texts escaped
+
+
+def _loss(costs: Costs) -> tuple[float, float] | None:
+    """Mean first and last evaluation loss over the edges that evaluated."""
+    evaluated = [edge.eval_loss for edge in costs.edges if edge.eval_loss]
+    if not evaluated:
+        return None
+    first, last = (sum(losses[at][1] for losses in evaluated) / len(evaluated) for at in (0, -1))
+    return first, last
+
+
+def _quantities(edge: Edge) -> list[tuple[str, str, float]]:
+    lines: list[tuple[str, str, float]] = [
+        ("training_tokens", "tokens", edge.training_tokens),
+        ("evaluation_tokens", "tokens", edge.evaluation_tokens),
+        ("optimizer_steps", "steps", edge.optimizer_steps),
+        ("edge_flops", "flop", edge.edge_flops),
+        ("peak_memory", "bytes", edge.peak_memory_bytes),
+        ("resent", "bytes", edge.resent_bytes),
+    ]
+    for kind, moved in edge.traffic.items():
+        lines += [(f"{kind}_{name.removesuffix('_bytes')}", "bytes", n) for name, n in asdict(moved).items()]
+    lines += [(f"{kind}_cloud_flops", "flop", flops) for kind, flops in edge.cloud_flops.items()]
+    lines += [(f"{phase}_seconds", "s", value) for phase, value in edge.seconds.model_dump().items()]
+    return lines

@@ -1,0 +1,152 @@
+"""The shape of `costs.json`, version `tightbeam.costs/1`; docs/costs.md explains every field.
+
+Additions keep the version; a field that changes its meaning or goes away makes a new one.
+"""
+
+from typing import Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tightbeam.common.costs.prices import Bill, Energy, Prices
+from tightbeam.common.costs.rows import StepBytes
+
+__all__ = ["KINDS", "SCHEMA", "Costs", "Edge", "ModeCost", "Prediction", "Seconds", "TimeBin", "Total"]
+
+SCHEMA: Final = "tightbeam.costs/1"
+
+KINDS: Final = ("forward", "backward", "evaluation", "weights", "control")
+"""What bytes were for. The first three are steps; evaluation is a forward without a backward."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), populate_by_name=True)
+
+
+class Seconds(_Model):
+    """Where an edge's time went. `edge_compute` to `other` add up to `wall`, the training steps' time."""
+
+    wall: float
+    edge_compute: float
+    codec: float
+    seal: float
+    network: float
+    cloud_queue: float
+    cloud_compute: float
+    other: float
+    evaluation: float
+    """Waiting for the trunk in evaluations, which is not part of `wall`."""
+
+
+class TimeBin(_Model):
+    """Wire bytes of steps in one slice of an edge's time."""
+
+    start_s: float
+    """Since the first row of all runs in the report; all edges share the slices."""
+    seconds: float
+    forward_up_bytes: int = 0
+    forward_down_bytes: int = 0
+    backward_up_bytes: int = 0
+    backward_down_bytes: int = 0
+
+
+class Prediction(_Model):
+    """Payload bytes that the formula of the mode says, beside those that crossed."""
+
+    bytes_per_training_token: float
+    bytes_per_evaluation_token: float
+    predicted_payload_bytes: int
+    measured_payload_bytes: int
+
+
+class Edge(_Model):
+    """One edge: one run folder."""
+
+    name: str
+    runs: list[str]
+    model: str
+    fingerprint: str
+    cut: str
+    mode: str
+    dtype: str
+    codecs: dict[str, str]
+    hidden_size: int | None
+    device: str
+    platform: str
+    optimizer_steps: int
+    step_counts: dict[str, int]
+    """Billed steps by kind: forward, backward, evaluation."""
+    retried_steps: int
+    training_tokens: int
+    evaluation_tokens: int
+    sequences: int
+    """Segments whose activations the cloud saw, each pass counted."""
+    traffic: dict[str, StepBytes]
+    """By kind, see `KINDS`; transfers beside the steps have wire bytes only."""
+    resent_bytes: int
+    """Wire bytes of failed attempts and of steps executed again; not billed."""
+    edge_flops: int
+    cloud_flops: dict[str, int]
+    """Billed operations by kind of step."""
+    seconds: Seconds
+    cloud_compute_s: float
+    """What the cloud computed for this edge, evaluations included."""
+    peak_memory_bytes: int
+    train_loss: list[tuple[int, float]]
+    """(optimizer step, nats per learned token)."""
+    eval_loss: list[tuple[int, float]]
+    timeline: list[TimeBin]
+    prediction: Prediction | None
+    """None when the ledger does not say the model's hidden size."""
+
+
+class Total(_Model):
+    """Sums over the edges."""
+
+    training_tokens: int
+    evaluation_tokens: int
+    bytes: StepBytes
+    """Steps and other transfers."""
+    step_payload_bytes: int
+    step_wire_bytes: int
+    resent_bytes: int
+    edge_flops: int
+    cloud_flops: int
+    wall_s: float
+    """Of the edge that took longest."""
+    edge_s: float
+    """All edges together, evaluations included."""
+    cloud_compute_s: float
+    energy: Energy
+    bill: Bill
+
+
+class ModeCost(_Model):
+    """What the same job costs in one mode."""
+
+    mode: str
+    measured: bool
+    payload_bytes: int
+    cloud_flops: int
+    cloud_bill: float
+    """Traffic and cloud compute, in the currency of `prices`."""
+    rule: str
+    """The formula in words, with its assumptions."""
+
+
+class Costs(_Model):
+    """What one experiment cost."""
+
+    schema_: Literal["tightbeam.costs/1"] = Field(default=SCHEMA, alias="schema")
+    edges: list[Edge]
+    total: Total
+    modes: list[ModeCost]
+    prices: Prices
+
+    def to_json(self) -> str:
+        """Text of `costs.json`."""
+        return self.model_dump_json(by_alias=True, indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Costs":
+        """Inverse of `to_json`; another schema version is refused by the model."""
+        return cls.model_validate_json(text)

@@ -1,0 +1,76 @@
+"""The same figures on a terminal."""
+
+from rich.console import Console
+from rich.table import Table
+
+from tightbeam.common.costs.rows import StepBytes
+from tightbeam.common.costs.schema import Costs, Edge
+from tightbeam.common.costs.units import (
+    bytes_text,
+    count_text,
+    flops_text,
+    joules_text,
+    money_text,
+    seconds_text,
+)
+
+__all__ = ["print_table"]
+
+
+def print_table(costs: Costs, console: Console | None = None) -> None:
+    """Print one column per edge, then totals, price and energy, to standard output unless told otherwise."""
+    console = console or Console()
+    table = Table(title="What this run cost", title_justify="left", title_style="bold", show_edge=False)
+    table.add_column("")
+    for edge in costs.edges:
+        table.add_column(edge.name, justify="right")
+    columns = [_column(edge) for edge in costs.edges]
+    for label in columns[0]:
+        table.add_row(label, *(column[label] for column in columns))
+    console.print(table)
+    for line in _sums(costs):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _column(edge: Edge) -> dict[str, str]:
+    seconds, prediction = edge.seconds, edge.prediction
+    steps = [edge.traffic[kind] for kind in ("forward", "backward", "evaluation")]
+    up, down = sum(s.wire_up_bytes for s in steps), sum(s.wire_down_bytes for s in steps)
+    weights = edge.traffic.get("weights", StepBytes())
+    losses = [loss for _, loss in edge.eval_loss]
+    return {
+        "evaluation loss": f"{losses[0]:.3f} \u2192 {losses[-1]:.3f}" if losses else "-",
+        "training tokens": count_text(edge.training_tokens),
+        "steps up, wire": bytes_text(up),
+        "steps down, wire": bytes_text(down),
+        "payload predicted": bytes_text(prediction.predicted_payload_bytes) if prediction else "-",
+        "payload measured": bytes_text(sum(s.payload_up_bytes + s.payload_down_bytes for s in steps)),
+        "weights down, wire": bytes_text(weights.wire_down_bytes),
+        "sent again": bytes_text(edge.resent_bytes),
+        "training time": seconds_text(seconds.wall),
+        "  edge compute": seconds_text(seconds.edge_compute),
+        "  codec and seal": seconds_text(seconds.codec + seconds.seal),
+        "  network": seconds_text(seconds.network),
+        "  cloud queue": seconds_text(seconds.cloud_queue),
+        "  cloud compute": seconds_text(seconds.cloud_compute),
+        "edge operations": flops_text(edge.edge_flops),
+        "cloud operations": flops_text(sum(edge.cloud_flops.values())),
+        "peak memory": bytes_text(edge.peak_memory_bytes),
+    }
+
+
+def _sums(costs: Costs) -> list[str]:
+    total, currency = costs.total, costs.prices.currency
+    bill = total.bill
+    lines = [
+        f"Price: {money_text(bill.total, currency)} (traffic {money_text(bill.traffic, currency)}, "
+        f"cloud compute {money_text(bill.cloud_compute, currency)}, "
+        f"edge electricity {money_text(bill.edge_electricity, currency)}).",
+        f"Energy, estimated: edge {joules_text(total.energy.edge_joules)}, "
+        f"cloud {joules_text(total.energy.cloud_joules)}.",
+    ]
+    others = [mode for mode in costs.modes if not mode.measured]
+    if others:
+        texts = (f"{mode.mode} {bytes_text(mode.payload_bytes)}" for mode in others)
+        lines.append(f"Payload in other modes, computed, not measured: {', '.join(texts)}.")
+    return lines
