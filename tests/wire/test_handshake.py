@@ -341,6 +341,16 @@ def test_what_is_handed_out_is_a_copy(world: World) -> None:
     assert keys.bundle.key_id == handshake.request.key_id
 
 
+def test_a_finished_handshake_holds_no_secret(world: World) -> None:
+    keys = CloudKeys.generate(world.cloud)
+    handshake = start(keys.bundle, world.clinic)
+    reply, _ = keys.accept(handshake.request, world.cloud.trust)
+    secret_names = {"_ephemeral", "_edge_secret"}
+    assert secret_names < vars(handshake).keys()
+    handshake.finish(reply)
+    assert not secret_names & vars(handshake).keys()
+
+
 def test_a_session_does_not_print_its_keys(world: World) -> None:
     at_edge, _ = shake(CloudKeys.generate(world.cloud), world.cloud, world.clinic)
     assert "sealer" not in repr(at_edge)

@@ -193,7 +193,7 @@ class ClientHandshake:
         return _copy(self._request)
 
     def finish(self, reply: HandshakeReply) -> Session:
-        """Check the cloud's answer; raises IdentityError or ProtocolError."""
+        """Check the cloud's answer, once, and forget the secrets; raises IdentityError or ProtocolError."""
         _require_size("session_id", reply.session_id, SESSION_ID_BYTES)
         _require_size("sealed_secret", reply.sealed_secret, SEALED_SECRET_BYTES)
         _require_size("confirmation", reply.confirmation, _MAC_BYTES)
@@ -202,6 +202,7 @@ class ClientHandshake:
         keys = derive_secrets(self._edge_secret, cloud_secret, transcript.hash)
         if not hmac.compare_digest(reply.confirmation, confirmation(keys, transcript.hash)):
             raise IdentityError("The cloud did not prove that it holds the announced key.", cure=_RETRY)
+        del self._ephemeral, self._edge_secret
         return _session(transcript, self._peer, keys, self._aead, Direction.EDGE_TO_CLOUD)
 
 

@@ -193,22 +193,22 @@ class Opener:
             raise self._die() from None
 
     def open_into(self, record: Buffer, context: bytes, out: memoryview) -> int:
-        """Open the next record into the first bytes of `out` and return how many.
+        """Open the next record into `out` (writable, contiguous) and return the number of bytes.
 
-        `out` must be writable and contiguous, with room for `len(record) - TAG_BYTES` bytes. If the record
-        does not authenticate those bytes are zeroed: no unverified plaintext is left behind.
+        The record must fill `out` exactly: after a shorter one the rest would be whatever the memory held
+        before. If it does not authenticate, `out` is zeroed: no unverified plaintext is left behind.
 
         Raises IntegrityError if it is not the next one or not unchanged. The opener is dead from then on.
         """
-        num_bytes = self._admit(record)
         assert not out.readonly
-        assert num_bytes <= out.nbytes, "the caller allocates room for the whole chunk"
-        target = _flat(out)[:num_bytes]
+        target = _flat(out)
+        if self._admit(record) != len(target):
+            raise self._die()
         cipher, nonce, associated_data = self._sequence.take(context)
         try:
             return cipher.decrypt_into(nonce, record, associated_data, target)
         except InvalidTag:
-            target[:] = bytes(num_bytes)
+            target[:] = bytes(len(target))
             raise self._die() from None
 
     def _admit(self, record: Buffer) -> int:
