@@ -24,14 +24,15 @@ from support.edge_runs import (
     train_tiny,
     write_jsonl,
 )
+from tightbeam.common.config import Recipe
 from tightbeam.common.costs.meter import read_ledger
-from tightbeam.common.errors import DataError, NonFiniteError, RecipeError, UsageError
+from tightbeam.common.errors import CloudUnavailableError, DataError, NonFiniteError, RecipeError, UsageError
 from tightbeam.common.runs import RunFolder
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import latest, verify
 from tightbeam.edge.data import collate, load_examples
 from tightbeam.edge.plan import Plan
-from tightbeam.edge.training import INTERRUPTED, train_recipe
+from tightbeam.edge.training import INTERRUPTED, LoadedModel, train_recipe
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -47,6 +48,10 @@ def _crash_at(step: int) -> Any:
             raise CrashError
 
     return act
+
+
+def _never(recipe: Recipe) -> LoadedModel:
+    pytest.fail("the model was fetched for nothing")
 
 
 def _metrics(folder: RunFolder) -> list[dict[str, str]]:
@@ -350,8 +355,21 @@ def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
 
 def test_no_data_stops_before_anything_is_trained(tmp_path: Path) -> None:
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    recipe = tiny_recipe(tmp_path, data={"train": str(empty)})
     with pytest.raises(DataError, match=r"empty\.jsonl holds no record"):
-        train_tiny(tiny_recipe(tmp_path, data={"train": str(empty)}))
+        train_recipe(recipe, load=_never, console=quiet()[0])
+    assert not recipe.run_folder.exists()
+
+
+def test_a_run_that_could_not_start_does_not_use_up_its_name(tmp_path: Path) -> None:
+    recipe = tiny_recipe(tmp_path, train={"steps": 1})
+
+    def unreachable(recipe: Recipe) -> LoadedModel:
+        raise CloudUnavailableError("No answer.", cure="Start it.")
+
+    with pytest.raises(CloudUnavailableError):
+        train_recipe(recipe, load=unreachable, console=quiet()[0])
+    assert train_tiny(recipe).exit_code == 0
 
 
 def test_examples_without_an_answer_are_left_out_and_named(tmp_path: Path) -> None:

@@ -69,7 +69,10 @@ def _is_section(parts: list[str], keys: list[str]) -> bool:
 
 
 def _place(path: str, places: Mapping[str, str], origin: str) -> str:
-    """Where the key stands, or else the nearest section around it."""
+    """Where the key stands, or else what is in it, or else the nearest section around it."""
+    inside = [place for key, place in places.items() if key.startswith(f"{path}.")]
+    if path and path not in places and inside:
+        return inside[-1]
     while path:
         if path in places:
             return places[path]

@@ -125,7 +125,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, recipe: Recipe, *, resume: bool = False) -> Self:
-        """Claim the recipe's folder for a new run, or check that its run may go on.
+        """Check that the recipe's folder is free for a new run, or that its run may go on. Writes nothing.
 
         Raises:
             RecipeError: the folder holds a run and `resume` is off, or that run had other numbers.
@@ -140,8 +140,11 @@ class RunFolder:
                 f"{folder.path} holds no run to resume.",
                 cure="Leave --resume out to start one, or check output.name.",
             )
-        atomic_write(folder.config, recipe.resolved_yaml())
         return folder
+
+    def claim(self, recipe: Recipe) -> None:
+        """Write config.yaml: from now on the folder holds this recipe's run."""
+        atomic_write(self.config, recipe.resolved_yaml())
 
     def _check_same_run(self, recipe: Recipe, resume: bool) -> None:
         if not resume:

@@ -130,6 +130,8 @@ def _tokenise(
 ) -> Example:
     if found == "text":
         text, spans, special = record.text + (tokenizer.eos_token or ""), None, True
+    elif tokenizer.chat_template and not answer_only:
+        text, spans, special = _template(tokenizer, list(record.messages), False), None, False
     elif tokenizer.chat_template:
         text, spans = _render(path, record, tokenizer)
         special = False  # a template writes its own special tokens

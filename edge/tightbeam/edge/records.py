@@ -117,7 +117,7 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                 yield reader.line_num, row
     except csv.Error as error:
         raise DataError(
-            f"{path}:{reader.line_num} is not CSV: {error}.", cure="Check the quotes there."
+            f"{path}:{reader.line_num + 1} is not CSV: {error}.", cure="Check the quotes there."
         ) from error
 
 

@@ -34,6 +34,7 @@ from tightbeam.edge.export import save_adapter
 from tightbeam.edge.interrupts import StopRequest
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.progress import TrainingProgress
+from tightbeam.edge.records import read_records
 
 __all__ = ["INTERRUPTED", "LoadedModel", "StepObserver", "TrainResult", "train_recipe"]
 
@@ -91,12 +92,16 @@ def train_recipe(
 
     """
     folder = RunFolder.open(recipe, resume=resume)
+    for path in filter(None, (recipe.data.train, recipe.data.eval)):
+        read_records(path, recipe.data.format)  # before the model is fetched: a bad line is told at once
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     loaded = load(recipe)
     try:
-        with JsonlLedger(folder.ledger) as ledger:
-            return _Training(recipe, loaded, folder, console or Console(stderr=True), ledger).run(resume)
+        training = _Training(recipe, loaded, folder, console or Console(stderr=True))
+        folder.claim(recipe)  # only now: a wrong file name or an absent cloud must not use up the run's name
+        with JsonlLedger(folder.ledger) as training.ledger:
+            return training.run(resume)
     finally:
         loaded.close()
 
@@ -109,7 +114,7 @@ class _Training:
     loaded: LoadedModel
     folder: RunFolder
     console: Console
-    ledger: JsonlLedger
+    ledger: JsonlLedger = field(init=False)
     moved: StepBytes = field(default_factory=StepBytes)
     tokens: int = 0
     eval_losses: list[float] = field(default_factory=list)
