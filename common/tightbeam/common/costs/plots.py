@@ -148,7 +148,7 @@ def _canvas(height_inches: float) -> tuple[Figure, Axes]:
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(handles, labels, loc="upper right", ncols=min(len(labels), 4))
+        axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(labels), 4))
 
 
 def _svg(figure: Figure, name: str) -> str:
