@@ -234,6 +234,13 @@ def test_collate_pads_on_the_side_that_is_asked_for() -> None:
     assert {tensor.dtype for tensor in right.values()} == {torch.int64}
 
 
+def test_a_batch_without_a_token_to_learn_is_refused_by_line() -> None:
+    masked = Example((5, 6), (5, IGNORED), line=7)
+    with pytest.raises(DataError, match=r"no token to learn; its samples are from lines 7, 9.*data check"):
+        collate([masked, Example((8,), (8,), line=9)], 0)
+    assert collate([masked, Example((5, 6), (IGNORED, 6))], 0)["labels"].shape == (2, 2)
+
+
 def test_the_first_token_has_no_loss() -> None:
     assert Example((5,), (5,)).num_learned == 0
     assert Example((5, 6), (5, 6)).num_learned == 1

@@ -207,7 +207,18 @@ def _common_prefix(left: Sequence[object], right: Sequence[object]) -> int:
 def collate(
     examples: Sequence[Example], pad_id: int, padding_side: Literal["left", "right"] = "right"
 ) -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and `labels`, each int64 [B, T]."""
+    """`input_ids`, `attention_mask` and `labels`, each int64 [B, T].
+
+    Raises:
+        DataError: no example has a token to learn; the loss of such a batch is NaN.
+
+    """
+    if not any(example.num_learned for example in examples):
+        lines = ", ".join(str(example.line) for example in examples)
+        raise DataError(
+            f"A batch has no token to learn; its samples are from lines {lines}.",
+            cure="Look at the label mask with `tightbeam data check`, or raise data.max_length.",
+        )
     width = max(len(example.input_ids) for example in examples)
 
     def pad(row: Sequence[int], filler: int) -> list[int]:

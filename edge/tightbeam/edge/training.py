@@ -25,7 +25,7 @@ from tightbeam.common.config import Recipe
 from tightbeam.common.costs.flops import EdgeFlops
 from tightbeam.common.costs.meter import JsonlLedger, peak_memory_bytes
 from tightbeam.common.costs.rows import StepBytes, StepRow
-from tightbeam.common.errors import DataError, NonFiniteError
+from tightbeam.common.errors import NonFiniteError
 from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
@@ -68,7 +68,7 @@ class TrainResult:
 
     folder: RunFolder
     optimizer_steps: int
-    first_eval_loss: float | None  # nats per learned token; None without evaluation data
+    first_eval_loss: float | None  # of this process, nats per learned token; None without evaluation data
     last_eval_loss: float | None
     last_loss: float | None
     adapter: Path | None  # None when the run was interrupted
@@ -256,13 +256,7 @@ class _Training:
         return loss
 
     def _batch(self, examples: Sequence[Example], rows: Sequence[int]) -> dict[str, Tensor]:
-        chosen = [examples[row] for row in rows]
-        if not any(example.num_learned for example in chosen):
-            raise DataError(
-                f"The batch of samples {list(rows)} has no token to learn (line {chosen[0].line}).",
-                cure="Look at the label mask with `tightbeam data check`, or raise data.max_length.",
-            )
-        batch = collate(chosen, _pad_id(self.loaded.tokenizer))
+        batch = collate([examples[row] for row in rows], _pad_id(self.loaded.tokenizer))
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
     def _load_data(self) -> tuple[list[Example], list[Example]]:
@@ -327,6 +321,7 @@ class _Training:
             codec=self.recipe.codec.model_dump(),
             dtype=dtype,
             mode=self.recipe.mode,
+            hidden_size=int(self.loaded.model.config.get_text_config().hidden_size),
         )
         for row in self.loaded.ledger_rows:
             self._append(row)
