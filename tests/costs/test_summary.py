@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pydantic import ValidationError
 
 from support.fake_run import HIDDEN_SIZE, fake_run
@@ -14,6 +15,7 @@ from tightbeam.common.costs.modes import TokenBytes, predict
 from tightbeam.common.costs.schema import Costs
 from tightbeam.common.costs.summary import summarise
 from tightbeam.common.errors import CodecError, DataError
+from tightbeam.common.wire.codecs import lossless
 
 
 def _rows(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -98,6 +100,12 @@ def test_token_bytes_by_codec() -> None:
     assert prediction.predicted_payload_bytes == 10 * 904 + 5 * 504
     with pytest.raises(CodecError, match="fp17"):
         TokenBytes.of(100, dict.fromkeys(names, "fp17"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_auto_is_the_codec_that_changes_nothing(tmp_path: Path, dtype: str) -> None:
+    edge = summarise([fake_run(tmp_path / "a", steps=1, codec="auto", dtype=dtype)]).edges[0]
+    assert set(edge.codecs.values()) == {lossless(getattr(torch, dtype))}
 
 
 def test_other_modes_by_hand(run: Path) -> None:

@@ -37,9 +37,11 @@ class RunRow(_Row):
     num_blocks: int | None = None
 
     def codecs(self) -> dict[str, str]:
-        """Codec by tensor: activations and gradients, up and down."""
+        """Codec by tensor: activations and gradients, up and down; "auto" by what it stands for."""
         names = ("activations_up", "activations_down", "gradients_up", "gradients_down")
-        return dict.fromkeys(names, self.codec) if isinstance(self.codec, str) else self.codec
+        codecs = dict.fromkeys(names, self.codec) if isinstance(self.codec, str) else self.codec
+        lossless = "bf16" if self.dtype == "bfloat16" else "fp32"
+        return {name: lossless if codec == "auto" else codec for name, codec in codecs.items()}
 
 
 class OptimizerRow(_Row):
