@@ -62,17 +62,16 @@ def byte_tokenizer(chat_template: str | None = CHATML) -> PreTrainedTokenizerFas
 def tiny_llama(seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random Llama of four blocks for the byte tokenizer."""
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=261,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        **changes,
-    )
-    return LlamaForCausalLM(config)
+    shape: dict[str, Any] = {
+        "vocab_size": 261,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(shape | changes)))
 
 
 def write_jsonl(path: Path, rows: Sequence[object]) -> Path:
