@@ -14,7 +14,11 @@ def report(
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write; else the first run.")
     ] = None,
 ) -> None:
-    """Print what runs cost and write report.html, costs.json and CSV."""
-    from tightbeam.common.costs.report import write_report
+    """Print what runs cost; write report.html, costs.json and costs.csv."""
+    from tightbeam.common.costs.report import write_files
+    from tightbeam.common.costs.summary import summarise
+    from tightbeam.common.costs.table import print_table
 
-    typer.echo(write_report(runs, output or runs[0]))
+    costs = summarise(runs)
+    print_table(costs)
+    typer.echo(write_files(costs, output or runs[0]))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tightbeam.cli.options import IdentityFolder, Insecure, require_loopback
+from tightbeam.cli.options import IdentityFolder, Insecure, require_loopback, say
 from tightbeam.common.errors import UsageError
 
 __all__ = ["serve"]
@@ -19,15 +19,15 @@ def serve(
     identity: IdentityFolder = None,
     insecure: Insecure = False,
     cut_policy: Annotated[
-        str | None, typer.Option(help="Which cuts are allowed, as in min_bottom=1,min_top=1.")
-    ] = None,
+        str, typer.Option(help="Which cuts are allowed, as in min_bottom=1,min_top=1.")
+    ] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     retention_bytes: Annotated[
         int | None,
         typer.Option(help="Held graphs, bytes; above it steps recompute. A quarter of free memory."),
     ] = None,
-    max_tokens_per_step: Annotated[int, typer.Option(help="Larger steps are refused.")] = 8192,
+    max_tokens_per_step: Annotated[int, typer.Option(help="Larger steps are refused.")] = 65536,
     ledger: Annotated[Path, typer.Option(help="SQLite file of who used what.")] = Path("ledger.db"),
 ) -> None:
     """Serve the frozen blocks of a model to edges."""
@@ -38,6 +38,7 @@ def serve(
             "serve needs an identity.", cure="Give --identity DIR (`tightbeam certs init` makes one)."
         )
     import asyncio
+    import logging
 
     from tightbeam.cloud.server import ServeOptions
     from tightbeam.cloud.server import serve as serve_forever
@@ -54,4 +55,7 @@ def serve(
         ledger=ledger,
         max_tokens_per_step=max_tokens_per_step,
     )
-    asyncio.run(serve_forever(options))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    host = listen.rpartition(":")[0]
+    say(f"loading {model} ...")
+    asyncio.run(serve_forever(options, on_ready=lambda port: typer.echo(f"{host}:{port}")))

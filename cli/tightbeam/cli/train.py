@@ -20,5 +20,7 @@ def train(
     checked = load_recipe(recipe, settings or [])  # before the slow imports: a typo is told at once
     from tightbeam.edge.run import run_recipe
 
-    run_recipe(checked, resume=resume)
-    typer.echo(checked.run_folder)
+    result = run_recipe(checked, resume=resume)
+    typer.echo(result.folder.path)
+    if result.exit_code:
+        raise typer.Exit(result.exit_code)

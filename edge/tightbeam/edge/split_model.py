@@ -37,14 +37,14 @@ def build_split_model(
     anatomy = dissect(model)
     span = cut.trunk(card.num_blocks)
     kinds = getattr(model.config, "layer_types", None) or [None] * card.num_blocks
-    trunk = RemoteTrunk(stepper, kinds[span[0]])
-    for index in span:
-        anatomy.blocks[index] = trunk if index == span[0] else PassThrough(kinds[index])
-    if local_path is not None:
+    if local_path is not None:  # names all of a checkpoint's tensors, so the model must still be whole
         load = local_source(local_path, card, model, anatomy)
     else:
         held = {f"block.{i}" for i in range(card.num_blocks) if i not in span} | {"embedding", "head", "rest"}
         load = store.source([blob for blob in card.blobs if blob.name in held])
+    trunk = RemoteTrunk(stepper, kinds[span[0]])
+    for index in span:
+        anatomy.blocks[index] = trunk if index == span[0] else PassThrough(kinds[index])
     fill(model, load, lambda name: True, dtype, device)
     trunk.watch(anatomy)
     model.config.use_cache = False

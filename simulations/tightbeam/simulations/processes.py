@@ -1,0 +1,144 @@
+"""Processes that end with the one that started them, whatever ends it.
+
+Each child runs in its own session (on Windows: process group), so that Ctrl-C reaches the parent only and the
+parent decides: it asks every child to end, waits, and kills what is left, with what those may have started.
+Output goes to one log file per child, which stays.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Self
+
+from tightbeam.common.errors import TightbeamError
+
+__all__ = ["Child", "Children", "signals_as_exit"]
+
+_POLL_S = 0.1
+_NUM_LOG_LINES = 8
+
+
+@dataclass(frozen=True)
+class Child:
+    """One process; `answer` has its stdout, `log` its stderr."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    answer: Path
+    log: Path
+
+    def require_alive_or_done(self) -> bool:
+        """Return whether it has ended well; raises TightbeamError with its last words if it failed."""
+        code = self.process.poll()
+        if code:
+            raise TightbeamError(
+                f"{self.name} ended with code {code}: {self.last_words()}", cure=f"See {self.log}."
+            )
+        return code == 0
+
+    def last_words(self) -> str:
+        """Return the end of its log: from the line that says error on, if there is one."""
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-_NUM_LOG_LINES:]
+        errors = [line for line in lines if line.startswith("error:")]
+        return (errors[-1] if errors else " / ".join(lines[-2:])) or "it said nothing."
+
+    def first_answer(self, within_s: float) -> str:
+        """Wait for the first line of its stdout; raises TightbeamError when it fails or takes too long."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            line, newline, _ = self.answer.read_text(encoding="utf-8").partition("\n")
+            if newline:
+                return line
+            if self.require_alive_or_done():
+                break
+            time.sleep(_POLL_S)
+        raise TightbeamError(f"{self.name} was not ready within {within_s:.0f} s.", cure=f"See {self.log}.")
+
+
+@dataclass
+class Children:
+    """Context that starts processes and stops all of them on its way out."""
+
+    logs: Path
+    grace_s: float = 10.0
+    started: list[Child] = field(default_factory=list)
+
+    def start(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
+        """Start a process with `env` added to this one's environment."""
+        self.logs.mkdir(parents=True, exist_ok=True)
+        answer, log = self.logs / f"{name}.out", self.logs / f"{name}.log"
+        with answer.open("wb") as out, log.open("wb") as err:
+            process = subprocess.Popen(  # noqa: S603 - our own command line
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                env={**os.environ, **(env or {})},
+                start_new_session=True,  # Windows ignores it and reads the flag
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+            )
+        child = Child(name, process, answer, log)
+        self.started.append(child)
+        return child
+
+    def wait(self, children: Sequence[Child], within_s: float) -> Iterator[None]:
+        """Yield about ten times a second until all have ended well; raises TightbeamError when one fails."""
+        deadline = time.monotonic() + within_s
+        while running := [child for child in children if not child.require_alive_or_done()]:
+            if time.monotonic() > deadline:
+                names = " and ".join(child.name for child in running)
+                raise TightbeamError(f"{names} took longer than {within_s:.0f} s.", cure=f"See {self.logs}.")
+            yield
+            time.sleep(_POLL_S)
+
+    def stop(self) -> None:
+        """Ask every process to end, the last one started first; kill what has not after `grace_s`."""
+        running = [child.process for child in reversed(self.started) if child.process.poll() is None]
+        for process in running:
+            process.terminate()
+        deadline = time.monotonic() + self.grace_s
+        for process in running:
+            try:
+                process.wait(max(deadline - time.monotonic(), 0.0))
+            except subprocess.TimeoutExpired:
+                _kill(process)
+                process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if sys.platform == "win32":
+        process.kill()
+    else:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def signals_as_exit() -> Iterator[None]:
+    """Turn SIGTERM and a closed terminal into SystemExit, so that contexts are left and children stopped."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    before = {getattr(signal, name): signal.signal(getattr(signal, name), leave) for name in names}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
