@@ -46,7 +46,7 @@ def handshake_vector() -> dict[str, str | int]:
     cloud, edge = wire.KemPair(), wire.KemPair()
     edge_secret, cloud_secret = bytes([3]) * 32, bytes([4]) * 32
     certificate = self_signed(cloud_identity, "tightbeam://cloud")
-    bundle = wire.make_bundle(cloud, cloud_identity, certificate, 4102444800)
+    bundle = wire.make_bundle(cloud, cloud_identity, certificate, 4102444800, "ab" * 32)
     request = HandshakeRequest(suite="tightbeam/1 X-Wing HKDF-SHA256 AES-256-GCM", key_id=bundle.key_id)
     request.kem_public_key, request.cut, request.fingerprint, request.run = (
         edge.public,

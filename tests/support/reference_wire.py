@@ -104,17 +104,20 @@ def seal_to(public: bytes, secret: bytes, info: bytes) -> bytes:
     return HPKE.encrypt(secret, MLKEM768X25519PublicKey(mlkem, x25519), info=info)
 
 
-def make_bundle(pair: KemPair, key: Ed25519PrivateKey, certificate: bytes, not_after: int) -> KeyBundle:
+def make_bundle(
+    pair: KemPair, key: Ed25519PrivateKey, certificate: bytes, not_after: int, fingerprint: str
+) -> KeyBundle:
     key_id = digest(b"key id", pair.public)[:16]
     bundle = KeyBundle(key_id=key_id, kem_public_key=pair.public, not_after=not_after)
-    bundle.identity_certificate = certificate
+    bundle.identity_certificate, bundle.fingerprint = certificate, fingerprint
     bundle.signature = key.sign(bundle_fields(bundle))
     return bundle
 
 
 def bundle_fields(bundle: KeyBundle) -> bytes:
-    not_after = struct.pack(">q", bundle.not_after)
-    return fields(b"bundle", bundle.key_id, bundle.kem_public_key, not_after, bundle.identity_certificate)
+    not_after, fingerprint = struct.pack(">q", bundle.not_after), bundle.fingerprint.encode()
+    certificate = bundle.identity_certificate
+    return fields(b"bundle", bundle.key_id, bundle.kem_public_key, not_after, certificate, fingerprint)
 
 
 def offer_of(bundle: KeyBundle, request: HandshakeRequest) -> list[bytes]:

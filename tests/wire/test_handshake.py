@@ -12,7 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from support import reference_wire as wire
-from tightbeam.common.errors import IdentityError, IntegrityError, ProtocolError
+from tightbeam.common.errors import (
+    FingerprintError,
+    IdentityError,
+    IntegrityError,
+    ProtocolError,
+    StaleKeyError,
+)
 from tightbeam.common.identity import (
     Identity,
     Role,
@@ -21,12 +27,13 @@ from tightbeam.common.identity import (
     init_certificates,
     load_identity,
 )
-from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
+from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session, verify_bundle
 from tightbeam.common.wire.key_schedule import SUITES, Transcript, derive_secrets
 from tightbeam.proto.backbone_pb2 import HandshakeReply, HandshakeRequest, KeyBundle
 
 DAY_S = 86400.0
 AES, CHACHA = SUITES
+FINGERPRINT = "ab" * 32
 
 
 @dataclass(frozen=True)
@@ -60,7 +67,7 @@ def start(
 ) -> ClientHandshake:
     trust = trust or edge.trust
     return ClientHandshake(
-        bundle, edge, trust, cut="4:4", fingerprint="ab" * 32, run="run-1", suite=suite, now=now
+        bundle, edge, trust, cut="4:4", fingerprint=FINGERPRINT, run="run-1", suite=suite, now=now
     )
 
 
@@ -78,23 +85,25 @@ def assert_connected(at_edge: Session, at_cloud: Session) -> None:
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_both_sides_get_the_same_session(world: World, suite: str) -> None:
-    at_edge, at_cloud = shake(CloudKeys.generate(world.cloud), world.cloud, world.clinic, suite=suite)
+    at_edge, at_cloud = shake(
+        CloudKeys.generate(world.cloud, FINGERPRINT), world.cloud, world.clinic, suite=suite
+    )
     assert_connected(at_edge, at_cloud)
     assert (at_edge.peer, at_cloud.peer) == ("cloud", "clinic")
     assert at_edge.session_id == at_cloud.session_id
     for session in (at_edge, at_cloud):
-        assert (session.cut, session.fingerprint, session.run) == ("4:4", "ab" * 32, "run-1")
+        assert (session.cut, session.fingerprint, session.run) == ("4:4", FINGERPRINT, "run-1")
 
 
 def test_without_an_authority_names_say_insecure() -> None:
     cloud, edge = ephemeral_identity("cloud", Role.CLOUD), ephemeral_identity("me")
-    at_edge, at_cloud = shake(CloudKeys.generate(cloud), cloud, edge)
+    at_edge, at_cloud = shake(CloudKeys.generate(cloud, FINGERPRINT), cloud, edge)
     assert_connected(at_edge, at_cloud)
     assert (at_edge.peer, at_cloud.peer) == ("insecure/cloud", "insecure/me")
 
 
 def test_sessions_of_one_cloud_share_no_keys(world: World) -> None:
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     sessions = [shake(keys, world.cloud, world.clinic) for _ in range(2)]
     assert sessions[0][0].session_id != sessions[1][0].session_id
     with pytest.raises(IntegrityError):
@@ -135,7 +144,7 @@ def test_any_flipped_bit_fails_the_handshake(world: World, data: st.DataObject) 
 
 def interfered(world: World, tamper: Callable[[Message], None]) -> tuple[Session, Session]:
     """A handshake of which every message passes through other hands."""
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     bundle = keys.bundle
     tamper(bundle)
     handshake = start(bundle, world.clinic)
@@ -164,6 +173,9 @@ CHANGES: dict[str, tuple[type[Message], str, object]] = {
     "key of zeros": (HandshakeRequest, "kem_public_key", bytes(1216)),
     "no KEM key at all": (HandshakeRequest, "kem_public_key", b"\xff" * 1216),
     "cloud key of zeros": (KeyBundle, "kem_public_key", bytes(1216)),
+    "other backbone vouched for": (KeyBundle, "fingerprint", "cd" * 32),
+    "no backbone vouched for": (KeyBundle, "fingerprint", ""),
+    "endless fingerprint": (KeyBundle, "fingerprint", "x" * 300),
     "no signature": (KeyBundle, "signature", b""),
     "short session": (HandshakeReply, "session_id", bytes(15)),
     "short secret": (HandshakeReply, "sealed_secret", bytes(7)),
@@ -185,7 +197,7 @@ def test_any_changed_field_fails_the_handshake(world: World, change: str) -> Non
 
 def test_a_signed_key_that_is_none_is_a_protocol_error(world: World) -> None:
     """The sender may be genuine and its message still nonsense."""
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     request = HandshakeRequest(suite=AES, key_id=keys.bundle.key_id, kem_public_key=b"\xff" * 1216)
     request.identity_certificate = world.clinic.certificate_der
     wire.fill_request(keys.bundle, request, world.clinic.signing_key, bytes(32))
@@ -194,7 +206,10 @@ def test_a_signed_key_that_is_none_is_a_protocol_error(world: World) -> None:
 
 
 def test_certificates_of_another_authority_are_refused(world: World) -> None:
-    keys, foreign_keys = CloudKeys.generate(world.cloud), CloudKeys.generate(world.foreign_cloud)
+    keys, foreign_keys = (
+        CloudKeys.generate(world.cloud, FINGERPRINT),
+        CloudKeys.generate(world.foreign_cloud, FINGERPRINT),
+    )
     with pytest.raises(IdentityError, match=r"cloud's identity.*tightbeam certs init"):
         start(foreign_keys.bundle, world.clinic)
     handshake = start(keys.bundle, world.foreign_clinic, trust=world.cloud.trust)
@@ -206,9 +221,11 @@ def test_certificates_of_another_authority_are_refused(world: World) -> None:
 
 
 def test_nobody_changes_roles(world: World) -> None:
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     pair = wire.KemPair()
-    of_a_tenant = wire.make_bundle(pair, world.lab.signing_key, world.lab.certificate_der, 4102444800)
+    of_a_tenant = wire.make_bundle(
+        pair, world.lab.signing_key, world.lab.certificate_der, 4102444800, FINGERPRINT
+    )
     with pytest.raises(IdentityError, match="Does not name a cloud"):
         start(of_a_tenant, world.clinic)
     with pytest.raises(IdentityError, match="Does not name a tenant"):
@@ -216,20 +233,22 @@ def test_nobody_changes_roles(world: World) -> None:
 
 
 def test_a_certificate_without_its_key_is_worth_nothing(world: World) -> None:
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     forged = Identity("clinic", Role.TENANT, world.lab.signing_key, world.clinic.certificate_der)
     request = start(keys.bundle, forged, trust=world.cloud.trust).request
     with pytest.raises(IdentityError, match="signature"):
         keys.accept(request, world.cloud.trust)
     pair = wire.KemPair()
-    posing = wire.make_bundle(pair, world.lab.signing_key, world.cloud.certificate_der, 4102444800)
+    posing = wire.make_bundle(
+        pair, world.lab.signing_key, world.cloud.certificate_der, 4102444800, FINGERPRINT
+    )
     with pytest.raises(IdentityError, match="did not sign"):
         start(posing, world.clinic)
 
 
 def test_a_stolen_bundle_is_worth_nothing(world: World) -> None:
     """A bundle is public: who repeats it cannot finish, and who puts its own key in cannot sign."""
-    bundle = CloudKeys.generate(world.cloud).bundle
+    bundle = CloudKeys.generate(world.cloud, FINGERPRINT).bundle
     handshake, pair = start(bundle, world.clinic), wire.KemPair()
     request = handshake.request
     reply = HandshakeReply(session_id=bytes(16), confirmation=bytes(32))
@@ -243,11 +262,18 @@ def test_a_stolen_bundle_is_worth_nothing(world: World) -> None:
         start(bundle, world.clinic)
 
 
+def test_another_backbone_is_refused_before_anything_is_sent(world: World) -> None:
+    bundle = CloudKeys.generate(world.cloud, "cd" * 32).bundle
+    assert verify_bundle(bundle, world.clinic.trust) == "cloud"
+    with pytest.raises(FingerprintError, match=r"serves the backbone cdcdcdcdcdcd, not abababababab"):
+        start(bundle, world.clinic)
+
+
 def test_a_request_is_for_one_cloud_only(world: World) -> None:
     """A cloud that holds the same key under another bundle still refuses a request made for the first."""
     pair = wire.KemPair()
     key, certificate = world.cloud.signing_key, world.cloud.certificate_der
-    first, second = (wire.make_bundle(pair, key, certificate, 4102444800 + n) for n in (0, 1))
+    first, second = (wire.make_bundle(pair, key, certificate, 4102444800 + n, FINGERPRINT) for n in (0, 1))
     request = start(first, world.clinic).request
     wire.make_reply(pair, first, request, bytes(32))
     with pytest.raises(InvalidTag):
@@ -259,7 +285,7 @@ def test_a_request_is_for_one_cloud_only(world: World) -> None:
 
 
 def test_a_replayed_request_gives_the_replayer_nothing(world: World) -> None:
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     handshake = start(keys.bundle, world.clinic)
     reply, _ = keys.accept(handshake.request, world.cloud.trust)
     recorded = handshake.finish(reply).sealer.seal(b"recorded")
@@ -271,7 +297,9 @@ def test_a_replayed_request_gives_the_replayer_nothing(world: World) -> None:
 def test_the_cloud_key_alone_opens_no_recorded_session(world: World) -> None:
     """Forward secrecy: a thief of the static key and the recording gets s1, but not s2, so no keys."""
     pair = wire.KemPair()
-    bundle = wire.make_bundle(pair, world.cloud.signing_key, world.cloud.certificate_der, 4102444800)
+    bundle = wire.make_bundle(
+        pair, world.cloud.signing_key, world.cloud.certificate_der, 4102444800, FINGERPRINT
+    )
     handshake = start(bundle, world.clinic)
     request = handshake.request
     reply, keys = wire.make_reply(pair, bundle, request, b"2" * 32)
@@ -288,7 +316,7 @@ def test_the_cloud_key_alone_opens_no_recorded_session(world: World) -> None:
 
 def test_an_expired_bundle_is_refused_on_both_sides(world: World) -> None:
     now = time.time()
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     bundle, late = keys.bundle, now + DAY_S + 60
     with pytest.raises(IdentityError, match=r"expired.*Fetch the card again"):
         start(bundle, world.clinic, now=late)
@@ -299,13 +327,14 @@ def test_an_expired_bundle_is_refused_on_both_sides(world: World) -> None:
 
 
 def test_an_unknown_key_is_refused(world: World) -> None:
-    request = start(CloudKeys.generate(world.cloud).bundle, world.clinic).request
-    with pytest.raises(IdentityError, match="cloud restarted"):
-        CloudKeys.generate(world.cloud).accept(request, world.cloud.trust)
+    request = start(CloudKeys.generate(world.cloud, FINGERPRINT).bundle, world.clinic).request
+    with pytest.raises(StaleKeyError, match="cloud restarted") as caught:
+        CloudKeys.generate(world.cloud, FINGERPRINT).accept(request, world.cloud.trust)
+    assert caught.value.transient
 
 
 def test_a_bundle_is_announced_for_half_its_life_and_honoured_to_its_end(world: World) -> None:
-    keys, now = CloudKeys.generate(world.cloud), time.time()
+    keys, now = CloudKeys.generate(world.cloud, FINGERPRINT), time.time()
     first = keys.bundle_at(now)
     assert keys.bundle_at(now + 0.4 * DAY_S) == first
     second = keys.bundle_at(now + 0.6 * DAY_S)
@@ -319,7 +348,7 @@ def test_a_bundle_is_announced_for_half_its_life_and_honoured_to_its_end(world: 
 
 
 def test_expired_certificates_are_refused(world: World) -> None:
-    keys, late = CloudKeys.generate(world.cloud), time.time() + 400 * DAY_S
+    keys, late = CloudKeys.generate(world.cloud, FINGERPRINT), time.time() + 400 * DAY_S
     late_bundle = keys.bundle_at(late)
     with pytest.raises(IdentityError, match=r"Expired on .*cloud's identity certificate"):
         start(late_bundle, world.clinic, now=late)
@@ -332,7 +361,7 @@ def test_expired_certificates_are_refused(world: World) -> None:
 
 
 def test_what_is_handed_out_is_a_copy(world: World) -> None:
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     handshake = start(keys.bundle, world.clinic)
     for message in (keys.bundle, handshake.request):
         before = copy.copy(message)
@@ -342,7 +371,7 @@ def test_what_is_handed_out_is_a_copy(world: World) -> None:
 
 
 def test_a_finished_handshake_holds_no_secret(world: World) -> None:
-    keys = CloudKeys.generate(world.cloud)
+    keys = CloudKeys.generate(world.cloud, FINGERPRINT)
     handshake = start(keys.bundle, world.clinic)
     reply, _ = keys.accept(handshake.request, world.cloud.trust)
     secret_names = {"_ephemeral", "_edge_secret"}
@@ -352,7 +381,7 @@ def test_a_finished_handshake_holds_no_secret(world: World) -> None:
 
 
 def test_a_session_does_not_print_its_keys(world: World) -> None:
-    at_edge, _ = shake(CloudKeys.generate(world.cloud), world.cloud, world.clinic)
+    at_edge, _ = shake(CloudKeys.generate(world.cloud, FINGERPRINT), world.cloud, world.clinic)
     assert "sealer" not in repr(at_edge)
     assert "opener" not in repr(at_edge)
     assert "secret" not in repr(derive_secrets(b"secret" * 4, b"secret" * 4, bytes(32)))

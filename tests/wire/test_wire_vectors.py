@@ -26,6 +26,7 @@ from tightbeam.common.wire.records import (
 from tightbeam.proto.backbone_pb2 import HandshakeReply, HandshakeRequest, KeyBundle
 
 VECTORS = Path(__file__).parent / "vectors"
+FINGERPRINT = "ab" * 32
 Row = dict[str, str | int]
 RECORDS: list[Row] = json.loads((VECTORS / "records.json").read_text())
 
@@ -98,7 +99,7 @@ def test_handshake_vector_opens_and_derives_the_frozen_secrets() -> None:
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_reference_edge_talks_to_the_cloud(suite: str) -> None:
     edge, pair, secret = ephemeral_identity("clinic"), wire.KemPair(), os.urandom(32)
-    keys = CloudKeys.generate(ephemeral_identity("cloud", Role.CLOUD))
+    keys = CloudKeys.generate(ephemeral_identity("cloud", Role.CLOUD), FINGERPRINT)
     request = HandshakeRequest(suite=suite, key_id=keys.bundle.key_id, kem_public_key=pair.public)
     request.identity_certificate, request.cut, request.run = edge.certificate_der, "1:1", "r"
     wire.fill_request(keys.bundle, request, edge.signing_key, secret)
@@ -113,8 +114,10 @@ def test_a_reference_edge_talks_to_the_cloud(suite: str) -> None:
 @pytest.mark.parametrize("suite", SUITES)
 def test_a_reference_cloud_talks_to_the_edge(suite: str) -> None:
     edge, cloud, pair = ephemeral_identity("clinic"), ephemeral_identity("cloud", Role.CLOUD), wire.KemPair()
-    bundle = wire.make_bundle(pair, cloud.signing_key, cloud.certificate_der, 4102444800)
-    handshake = ClientHandshake(bundle, edge, edge.trust, cut="1:1", fingerprint="f", run="r", suite=suite)
+    bundle = wire.make_bundle(pair, cloud.signing_key, cloud.certificate_der, 4102444800, FINGERPRINT)
+    handshake = ClientHandshake(
+        bundle, edge, edge.trust, cut="1:1", fingerprint=FINGERPRINT, run="r", suite=suite
+    )
     reply, derived = wire.make_reply(pair, bundle, handshake.request, os.urandom(32))
     session = handshake.finish(reply)
     place = wire.record_keys(derived.edge_to_cloud, reply.session_id, wire.EDGE_TO_CLOUD, 0, b"")

@@ -85,7 +85,7 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
             backbone,
             engine,
             ledger,
-            CloudKeys.generate(identity),
+            CloudKeys.generate(identity, backbone.fingerprint),
             identity.trust,
             tls=not options.insecure,
             max_tokens_per_step=options.max_tokens_per_step,

@@ -7,6 +7,7 @@
     |   |-- CutError               a cut that this model or this cloud does not allow
     |   |-- UnsupportedModelError  a model that cannot be cut, and why
     |   |-- IdentityError          missing, foreign or expired certificates
+    |   |   `-- StaleKeyError      a handshake for a key that a restarted cloud forgot: transient
     |   `-- FingerprintError       weights or a cache that belong to another backbone
     |-- StepRefusedError           the cloud will never accept this step: permanent
     |   |-- StepTooLargeError
@@ -16,6 +17,9 @@
     |   |-- IntegrityError         a record that does not authenticate
     |   |-- ProtocolError          a malformed or unexpected message
     |   `-- CodecError             a payload that its codec cannot decode
+    |-- FederationError            a federated round cannot go on with what it got
+    |   |-- UpdateRefusedError     an adapter update that cannot be aggregated: names client and tensor
+    |   `-- CohortError            fewer clients than the round needs
     |-- UnknownStepError           the cloud no longer holds this step: send the inputs again
     |-- CloudBusyError             over a limit now, not for ever: transient
     `-- CloudUnavailableError      no answer: transient
@@ -30,20 +34,24 @@ __all__ = [
     "CloudBusyError",
     "CloudUnavailableError",
     "CodecError",
+    "CohortError",
     "CutError",
     "DataError",
+    "FederationError",
     "FingerprintError",
     "IdentityError",
     "IntegrityError",
     "NonFiniteError",
     "ProtocolError",
     "RecipeError",
+    "StaleKeyError",
     "StepConflictError",
     "StepRefusedError",
     "StepTooLargeError",
     "TightbeamError",
     "UnknownStepError",
     "UnsupportedModelError",
+    "UpdateRefusedError",
     "UsageError",
     "WireError",
     "error_from_code",
@@ -103,6 +111,12 @@ class IdentityError(UsageError):
     code, status, exit_code = "identity", "UNAUTHENTICATED", 3
 
 
+class StaleKeyError(IdentityError):
+    """The cloud no longer holds the key that a handshake was made for; a fresh card has the new one."""
+
+    code, transient = "stale_key", True
+
+
 class FingerprintError(UsageError):
     """Weights, an adapter or a cache belong to another backbone."""
 
@@ -155,6 +169,24 @@ class CodecError(WireError):
     """A payload that its codec cannot encode or decode."""
 
     code, status = "codec", "INVALID_ARGUMENT"
+
+
+class FederationError(TightbeamError):
+    """A federated round cannot go on with what it got from its clients."""
+
+    code, status, exit_code = "federation", "FAILED_PRECONDITION", 7
+
+
+class UpdateRefusedError(FederationError):
+    """An adapter update that cannot be aggregated; the message names the client and the tensor."""
+
+    code, status = "update_refused", "INVALID_ARGUMENT"
+
+
+class CohortError(FederationError):
+    """Fewer clients than the round needs: for its threshold, or for anybody to hide among them."""
+
+    code = "cohort"
 
 
 class UnknownStepError(TightbeamError):

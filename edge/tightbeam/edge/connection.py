@@ -26,7 +26,7 @@ from tightbeam.common.errors import (
 )
 from tightbeam.common.identity import Identity, ephemeral_identity, load_identity
 from tightbeam.common.wire.codecs import lossless
-from tightbeam.common.wire.handshake import ClientHandshake
+from tightbeam.common.wire.handshake import ClientHandshake, verify_bundle
 from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
 from tightbeam.common.wire.stepping import TENANT_KEY
 from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
@@ -232,6 +232,12 @@ class Cloud:
             raise ProtocolError(
                 f"The cloud speaks {self.card.protocol!r}, this edge {PROTOCOL!r}.",
                 cure="Upgrade the older side.",
+            )
+        verify_bundle(self.card.key_bundle, self._identity.trust)
+        if self.card.fingerprint != self.card.key_bundle.fingerprint:
+            raise FingerprintError(
+                "The card's fingerprint is not the one that the cloud's identity vouches for.",
+                cure="Do not connect: something between edge and cloud alters the traffic. Ask the operator.",
             )
         check_card(self.card)
 

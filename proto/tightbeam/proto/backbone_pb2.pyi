@@ -297,6 +297,7 @@ class KeyBundle(_message.Message):
     NOT_AFTER_FIELD_NUMBER: _builtins.int
     IDENTITY_CERTIFICATE_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
     key_id: _builtins.bytes
     kem_public_key: _builtins.bytes
     """ML-KEM-768 + X25519 (X-Wing)"""
@@ -305,6 +306,8 @@ class KeyBundle(_message.Message):
     identity_certificate: _builtins.bytes
     """DER, Ed25519"""
     signature: _builtins.bytes
+    fingerprint: _builtins.str
+    """of the backbone that the cloud's identity vouches for; as in the card"""
     def __init__(
         self,
         *,
@@ -313,10 +316,11 @@ class KeyBundle(_message.Message):
         not_after: _builtins.int = ...,
         identity_certificate: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
+        fingerprint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity_certificate", b"identity_certificate", "kem_public_key", b"kem_public_key", "key_id", b"key_id", "not_after", b"not_after", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "identity_certificate", b"identity_certificate", "kem_public_key", b"kem_public_key", "key_id", b"key_id", "not_after", b"not_after", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -2,7 +2,8 @@
 
 Sans-IO, over the protobuf messages of the contract:
 
-    cloud -> edge   KeyBundle         the cloud's X-Wing key, signed by its identity (part of the card)
+    cloud -> edge   KeyBundle         the cloud's X-Wing key and the fingerprint of its backbone, signed by
+                                      its identity (part of the card)
     edge -> cloud   HandshakeRequest  s1 sealed to that key, an ephemeral X-Wing key, all signed by the edge
     cloud -> edge   HandshakeReply    s2 sealed to the ephemeral key, a MAC that proves the same keys
 
@@ -23,7 +24,7 @@ from typing import TypeVar
 
 from cryptography.exceptions import InvalidSignature
 
-from tightbeam.common.errors import IdentityError, ProtocolError
+from tightbeam.common.errors import FingerprintError, IdentityError, ProtocolError, StaleKeyError
 from tightbeam.common.identity import Identity, Role, Trust
 from tightbeam.common.wire.kem import KEM_PUBLIC_BYTES, SEALED_SECRET_BYTES, KemKey, seal_secret
 from tightbeam.common.wire.key_schedule import (
@@ -39,7 +40,7 @@ from tightbeam.common.wire.key_schedule import (
 from tightbeam.common.wire.records import SECRET_BYTES, SESSION_ID_BYTES, Aead, Direction, Opener, Sealer
 from tightbeam.proto.backbone_pb2 import HandshakeReply, HandshakeRequest, KeyBundle
 
-__all__ = ["BUNDLE_LIFETIME_S", "ClientHandshake", "CloudKeys", "Session"]
+__all__ = ["BUNDLE_LIFETIME_S", "ClientHandshake", "CloudKeys", "Session", "verify_bundle"]
 
 BUNDLE_LIFETIME_S = 24 * 3600.0
 
@@ -76,16 +77,19 @@ class CloudKeys:
     gets a bundle that is about to expire. Not thread-safe: use it from one event loop.
     """
 
-    def __init__(self, identity: Identity, lifetime_s: float = BUNDLE_LIFETIME_S) -> None:
+    def __init__(self, identity: Identity, fingerprint: str, lifetime_s: float = BUNDLE_LIFETIME_S) -> None:
         assert identity.role is Role.CLOUD
         self._identity = identity
+        self._fingerprint = fingerprint
         self._lifetime_s = lifetime_s
         self._keys: dict[bytes, _StaticKey] = {}
 
     @classmethod
-    def generate(cls, identity: Identity, lifetime_s: float = BUNDLE_LIFETIME_S) -> "CloudKeys":
-        """Make the first key; `identity` must be a cloud's."""
-        keys = cls(identity, lifetime_s)
+    def generate(
+        cls, identity: Identity, fingerprint: str, lifetime_s: float = BUNDLE_LIFETIME_S
+    ) -> "CloudKeys":
+        """Make the first key; `identity` must be a cloud's, `fingerprint` that of the backbone it serves."""
+        keys = cls(identity, fingerprint, lifetime_s)
         keys.bundle_at(time.time())
         return keys
 
@@ -110,6 +114,7 @@ class CloudKeys:
             kem_public_key=kem.public,
             not_after=int(now + self._lifetime_s),
             identity_certificate=self._identity.certificate_der,
+            fingerprint=self._fingerprint,
         )
         bundle.signature = self._identity.signing_key.sign(bundle_content(bundle))
         return _StaticKey(kem, bundle)
@@ -127,7 +132,7 @@ class CloudKeys:
         _require_request_sizes(request)
         static = self._keys.get(request.key_id)
         if static is None or now > static.bundle.not_after:
-            raise IdentityError(
+            raise StaleKeyError(
                 "The cloud does not hold the key that this handshake was made for: it expired or the cloud "
                 "restarted.",
                 cure="Fetch the card again and connect anew.",
@@ -152,7 +157,11 @@ class CloudKeys:
 
 
 class ClientHandshake:
-    """The edge's side of one handshake, for one stream of one run at one cut of one model."""
+    """The edge's side of one handshake, for one stream of one run at one cut of one model.
+
+    Raises IdentityError or ProtocolError for a bundle that cannot be trusted, FingerprintError for a cloud
+    that serves another model.
+    """
 
     def __init__(
         self,
@@ -167,7 +176,12 @@ class ClientHandshake:
         now: float | None = None,
     ) -> None:
         self._aead = _require_suite(suite)
-        self._peer = _require_bundle(bundle, trust, time.time() if now is None else now)
+        self._peer = verify_bundle(bundle, trust, now)
+        if bundle.fingerprint != fingerprint:
+            raise FingerprintError(
+                f"The cloud serves the backbone {bundle.fingerprint[:12]}, not {fingerprint[:12]}.",
+                cure="Connect to the cloud that the weights came from, or load the model anew from this.",
+            )
         self._bundle = _copy(bundle)
         self._ephemeral = KemKey()
         self._edge_secret = secrets.token_bytes(SECRET_BYTES)
@@ -235,11 +249,16 @@ def _session(
     )
 
 
-def _require_bundle(bundle: KeyBundle, trust: Trust, now: float) -> str:
-    """Return the cloud's name if its identity signed this bundle and it is still good."""
+def verify_bundle(bundle: KeyBundle, trust: Trust, now: float | None = None) -> str:
+    """Return the cloud's name if its identity signed this bundle and it is good at `now` (unix seconds).
+
+    Only then the bundle's `fingerprint` says what the cloud serves; the card around it says so unsigned.
+    """
+    now = time.time() if now is None else now
     _require_size("kem_public_key", bundle.kem_public_key, KEM_PUBLIC_BYTES)
     _require_size("signature", bundle.signature, _SIGNATURE_BYTES)
     _require_at_most("identity_certificate", len(bundle.identity_certificate), _MAX_CERTIFICATE_BYTES)
+    _require_at_most("fingerprint", len(bundle.fingerprint.encode()), _MAX_TEXT_BYTES)
     peer = trust.verify(bundle.identity_certificate, Role.CLOUD, datetime.fromtimestamp(now, UTC))
     try:
         peer.public_key.verify(bundle.signature, bundle_content(bundle))

@@ -59,6 +59,7 @@ def bundle_content(bundle: KeyBundle) -> bytes:
         bundle.kem_public_key,
         bundle.not_after.to_bytes(8, signed=True),
         bundle.identity_certificate,
+        bundle.fingerprint.encode(),
     )
 
 
