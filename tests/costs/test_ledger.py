@@ -12,8 +12,18 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+from sqlalchemy.schema import CreateTable
 
-from tightbeam.cloud.ledger import Billed, Ledger, LedgerEntry
+from tightbeam.cloud.ledger import (
+    Billed,
+    Ledger,
+    LedgerEntry,
+    _is,
+    _steps,
+    _usage_query,
+    _values,
+)
 from tightbeam.common.costs import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, StepConflictError, UsageError
 
@@ -197,6 +207,21 @@ if os.environ.get("TIGHTBEAM_TEST_POSTGRES"):
                 connection.exec_driver_sql("DROP TABLE IF EXISTS steps")
             engine.dispose()
             return url
+
+
+def test_postgresql_can_read_every_statement() -> None:
+    """Compiled, not run: a construct that PostgreSQL's dialect does not have would raise."""
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    key = ENTRY.key
+    statements = [
+        _steps.insert().values(_values(ENTRY)),
+        _steps.select().where(*_is(key)),
+        _steps.update().where(*_is(key)).values(reexecuted=_steps.c.reexecuted + 1),
+        _usage_query().where(_steps.c.tenant == "clinic"),
+    ]
+    texts = [str(statement.compile(dialect=dialect)) for statement in statements]
+    assert "sum(steps.flops / " in texts[3]  # integer division there
+    assert "BIGINT" in str(CreateTable(_steps).compile(dialect=dialect))
 
 
 WRITER = """

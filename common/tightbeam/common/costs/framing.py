@@ -3,7 +3,7 @@
 Both sides compute this from the sizes of the sealed messages, so their accounts agree to the byte without
 either of them having to watch a socket. Counted are what grows with the data:
 
-    gRPC     5 bytes before each message (RFC-less; gRPC over HTTP/2, "Length-Prefixed-Message")
+    gRPC     5 bytes before each message (the Length-Prefixed-Message of gRPC over HTTP/2)
     HTTP/2   9 bytes before each DATA frame of at most 16 KiB          (RFC 9113, sections 4.1 and 6.5.2)
     TLS 1.3  22 bytes around each record of at most 16 KiB: header 5, content type 1, tag 16
                                                                        (RFC 8446, section 5.2)

@@ -1,0 +1,58 @@
+"""docs/costs.md names every field, price and column that exists."""
+
+from pathlib import Path
+
+import pytest
+
+from tightbeam.cloud import ledger
+from tightbeam.common.costs import Prices
+from tightbeam.common.costs.schema import (
+    KINDS,
+    SCHEMA,
+    Costs,
+    Edge,
+    ModeCost,
+    Prediction,
+    Seconds,
+    TimeBin,
+    Total,
+)
+
+TEXT = (Path(__file__).parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
+MODELS = (Edge, ModeCost, Prediction, Prices, Seconds, TimeBin, Total)
+NAMES = (
+    {name for model in MODELS for name in model.model_fields}
+    | set(KINDS)
+    | set(Costs.model_fields) - {"schema_"}
+)
+SUMMARISED = {  # the six byte columns are described by their first and last
+    f"{layer}_{way}_bytes" for layer in ("payload", "sealed", "wire") for way in ("up", "down")
+}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_field_is_described(name: str) -> None:
+    assert f"`{name}`" in TEXT
+
+
+@pytest.mark.parametrize("name", sorted(set(ledger._steps.columns.keys()) - SUMMARISED))
+def test_column_is_described(name: str) -> None:
+    assert f"`{name}`" in TEXT
+
+
+@pytest.mark.parametrize(
+    "name", ["currency", *(n for n, f in Prices.model_fields.items() if f.default != "USD")]
+)
+def test_defaults_are_the_real_ones(name: str) -> None:
+    line = next(line for line in TEXT.splitlines() if line.startswith(f"| `{name}`"))
+    written = line.split("|")[2].strip()
+    default = Prices.model_fields[name].default
+    assert written == default or float(written) == default
+
+
+def test_schema_version_is_named() -> None:
+    assert f"`{SCHEMA}`" in TEXT
+
+
+def test_an_invented_field_would_be_missed() -> None:
+    assert "`no_such_field`" not in TEXT
