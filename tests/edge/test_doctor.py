@@ -1,0 +1,132 @@
+"""The doctor against real clouds, and against everything that is not one."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from support.clouds import CloudProcess, free_port
+from support.tiny import tiny_model
+from tightbeam.common.authority import init_certificates
+from tightbeam.edge.doctor import Finding, examine
+
+
+@pytest.fixture(scope="module")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("certs")
+    init_certificates(folder / "ours", clients=["clinic"])
+    init_certificates(folder / "theirs", clients=["clinic"])
+    init_certificates(folder / "elsewhere", clients=["clinic"], cloud_names=["elsewhere.example"])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cloud(certs: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+    folder = tmp_path_factory.mktemp("cloud")
+    with CloudProcess(model, folder, "--identity", str(certs / "ours" / "cloud")) as running:
+        yield running
+
+
+@pytest.fixture
+def listener() -> Iterator[socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server
+
+
+def address_of(server: socket.socket) -> str:
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def last(findings: list[Finding]) -> Finding:
+    assert all(finding.ok for finding in findings[:-1]), findings
+    return findings[-1]
+
+
+def test_all_is_well_with_a_cloud(cloud: CloudProcess, certs: Path) -> None:
+    findings = examine(cloud.address, identity=certs / "ours" / "clinic")
+    assert [finding for finding in findings if not finding.ok] == []
+    names = ["python", "packages", "device", "identity", "dns", "tcp", "tls", "health", "protocol", "model"]
+    assert [finding.name for finding in findings] == [*names, "clock", "round trip"]
+    details = {finding.name: finding.detail for finding in findings}
+    assert "TLSv1.3, h2" in details["tls"]
+    assert "6 blocks of width 32" in details["model"]
+    assert "clinic" in details["identity"]
+
+
+def test_the_cloud_can_examine_itself(cloud: CloudProcess, certs: Path) -> None:
+    """The health check of docker-compose.yml does."""
+    assert all(finding.ok for finding in examine(cloud.address, identity=certs / "ours" / "cloud"))
+
+
+def test_identity_of_another_authority(cloud: CloudProcess, certs: Path) -> None:
+    finding = last(examine(cloud.address, identity=certs / "theirs" / "clinic"))
+    assert (finding.name, finding.ok) == ("tls", False)
+    assert "tightbeam certs init" in finding.cure
+
+
+def test_certificate_for_another_name(certs: Path, model: Path, tmp_path: Path) -> None:
+    with CloudProcess(model, tmp_path, "--identity", str(certs / "elsewhere" / "cloud")) as running:
+        finding = last(examine(running.address, identity=certs / "elsewhere" / "clinic"))
+    assert (finding.name, finding.ok) == ("tls", False)
+    assert "--host 127.0.0.1" in finding.cure
+
+
+def test_tls_cloud_asked_without_tls(cloud: CloudProcess) -> None:
+    finding = last(examine(cloud.address, insecure=True, timeout_s=2.0))
+    assert (finding.name, finding.ok) == ("health", False)
+    assert "--identity" in finding.cure
+
+
+def test_no_identity_given() -> None:
+    finding = last(examine("127.0.0.1:1"))
+    assert (finding.name, finding.ok) == ("identity", False)
+    assert "--identity DIR" in finding.cure
+
+
+def test_identity_folder_that_is_not_there(tmp_path: Path) -> None:
+    finding = last(examine("127.0.0.1:1", identity=tmp_path / "nowhere"))
+    assert (finding.name, finding.ok) == ("identity", False)
+    assert "tightbeam certs init" in finding.cure
+
+
+@pytest.mark.parametrize("address", ["localhost", ":50051", "host:port"])
+def test_what_is_not_an_address(address: str) -> None:
+    assert last(examine(address, insecure=True)).name == "address"
+
+
+def test_name_that_nobody_knows() -> None:
+    assert last(examine("nobody.invalid:50051", insecure=True)).name == "dns"
+
+
+def test_nothing_listens() -> None:
+    finding = last(examine(f"127.0.0.1:{free_port()}", insecure=True))
+    assert finding.name == "tcp"
+    assert "tightbeam serve" in finding.cure
+
+
+def test_something_else_listens(listener: socket.socket, certs: Path) -> None:
+    def greet() -> None:
+        for _ in range(2):  # once for the look whether anybody listens, once for TLS
+            connection, _ = listener.accept()
+            with connection:
+                connection.sendall(b"220 smtp.example ready\r\n")
+
+    greeter = threading.Thread(target=greet)
+    greeter.start()
+    finding = last(examine(address_of(listener), identity=certs / "ours" / "clinic", timeout_s=2.0))
+    greeter.join(10)
+    assert (finding.name, finding.ok) == ("tls", False)
+
+
+def test_silence_has_a_deadline(listener: socket.socket) -> None:
+    finding = last(examine(address_of(listener), insecure=True, timeout_s=0.5))
+    assert (finding.name, finding.ok) == ("health", False)
