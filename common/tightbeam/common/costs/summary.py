@@ -18,7 +18,7 @@ from tightbeam.common.errors import DataError
 
 __all__ = ["summarise"]
 
-_NUM_BINS = 60
+_MAX_BINS = 60
 _STEP_KINDS = ("forward", "backward", "evaluation")
 
 
@@ -127,18 +127,21 @@ class _Grid:
 
     start_s: float
     width_s: float
+    num_bins: int
 
     @classmethod
     def over(cls, records: Sequence[RunRecords]) -> Self:
         stamps = [row.time_unix_s for record in records for row in record.runs]
         stamps += [row.time_unix_s for record in records for row in record.steps]
-        return cls(min(stamps), max((max(stamps) - min(stamps)) / _NUM_BINS, 1e-3))
+        # Wide enough for two forwards and two backwards of an edge: fewer would only show which came first.
+        num_bins = min(max(len(record.steps) for record in records) // 4 + 1, _MAX_BINS)
+        return cls(min(stamps), max((max(stamps) - min(stamps)) / num_bins, 1e-3), num_bins)
 
     def timeline(self, record: RunRecords) -> list[TimeBin]:
         """Wire bytes of all rows, by slice; slices without any are left out."""
         bins: dict[int, dict[str, int]] = {}
         for row in record.steps:
-            index = min(int((row.time_unix_s - self.start_s) / self.width_s), _NUM_BINS - 1)
+            index = min(int((row.time_unix_s - self.start_s) / self.width_s), self.num_bins - 1)
             sums = bins.setdefault(index, {})
             for way, moved in (("up", row.bytes.wire_up_bytes), ("down", row.bytes.wire_down_bytes)):
                 key = f"{row.kind}_{way}_bytes"
