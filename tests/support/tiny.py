@@ -70,16 +70,21 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def ragged_batch(batch: int, length: int, *, side: str, seed: int = 0, vocab: int = 97) -> dict[str, Tensor]:
-    """`batch` sequences of different lengths padded on `side`, labels -100 at padding; the first is full length."""
+    """`batch` sequences of different lengths padded on `side`; the first is full length.
+
+    Labels are -100 at padding and at a first token after it: no token predicts that one.
+    """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, vocab, (batch, length), generator=generator)
     mask = torch.ones(batch, length, dtype=torch.int64)
     for row in range(1, batch):
         cut = int(torch.randint(1, length - 2, (1,), generator=generator))
         mask[row, slice(0, cut) if side == "left" else slice(length - cut, length)] = 0
-    labels = input_ids.masked_fill(mask == 0, -100)
+    before = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
+    labels = input_ids.masked_fill((mask == 0) | (before == 0), -100)
     return {"input_ids": input_ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}

@@ -64,6 +64,10 @@ class Engine:
         """
         return await self._queue(lambda: self._backward(key, grad_ND, hidden_ND, segments, span))
 
+    def forget_session(self, session: str) -> None:
+        """Free what a session that ended has left; returns at once."""
+        self._worker.submit(self._retention.discard_session, session)
+
     def close(self) -> None:
         """Finish the running step and forget what is kept."""
         self._worker.shutdown(wait=True, cancel_futures=True)

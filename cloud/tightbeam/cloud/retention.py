@@ -17,7 +17,9 @@ from tightbeam.common.backbone import Segments
 
 __all__ = ["Kept", "Retention", "StepKey"]
 
-StepKey = tuple[str, str, int]  # tenant, run, step
+StepKey = tuple[str, str, int]
+"""Session (hex), run, step. Another session never finds a step: two edges that share a run by mistake would
+otherwise mix up their activations. An edge that reconnects sends its inputs again."""
 
 
 @dataclass(slots=True)
@@ -86,6 +88,11 @@ class Retention:
     def discard(self, key: StepKey) -> None:
         """Forget a step, if it is kept."""
         self.take(key)
+
+    def discard_session(self, session: str) -> None:
+        """Forget all steps of a session that ended."""
+        for key in [key for key in self._steps if key[0] == session]:
+            self.discard(key)
 
     def clear(self) -> None:
         """Forget everything."""

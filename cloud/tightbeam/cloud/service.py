@@ -52,6 +52,9 @@ __all__ = ["BackboneService"]
 _log = logging.getLogger(__name__)
 _STEPS_IN_FLIGHT = 8  # per stream; a client that sends more waits
 _SESSION_WAIT_S = 60.0  # between a handshake and its stream
+_UNEXPECTED = TightbeamError(
+    "The cloud failed on this step.", cure="Its operator finds why in the cloud's log."
+)
 # what a request may carry; a backward brings its inputs along when the cloud lost them
 _TENSORS = {pb.FORWARD: [[HIDDEN]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
 
@@ -131,6 +134,11 @@ class BackboneService:
                     cure="Load the model again from this cloud, or connect to the one it came from.",
                 )
             reply, session = self._keys.accept(request, self._trust)
+            if self._tls and session.peer != self._caller(context):
+                raise IdentityError(
+                    "The handshake and the TLS certificate name different tenants.",
+                    cure="Use one identity folder for both.",
+                )
         except TightbeamError as error:
             await _abort(context, error)
             raise AssertionError from error
@@ -191,6 +199,8 @@ class BackboneService:
         finally:
             for task in running:
                 task.cancel()
+            if not self._draining:
+                self._engine.forget_session(session.session_id.hex())
 
     async def _answer(
         self,
@@ -200,17 +210,17 @@ class BackboneService:
         writing: asyncio.Lock,
         in_flight: asyncio.Semaphore,
     ) -> None:
-        request = message.header
+        # An error that is not ours still gets an answer, or the edge would wait for ever; asyncio logs it.
+        reply, payloads = _failure(message.header, _UNEXPECTED), list[Tensor]()
         try:
             reply, payloads = await self._step(message, opening)
         except TightbeamError as error:
-            failure = pb.Failure(code=error.code, message=error.message, cure=error.cure)
-            reply, payloads = pb.StepReply(step=request.step, kind=request.kind, failure=failure), []
+            reply = _failure(message.header, error)
         finally:
             in_flight.release()
-        async with writing:
-            for record in seal_message(reply.SerializeToString(), payloads, opening.session.sealer):
-                await context.write(record)
+            async with writing:
+                for record in seal_message(reply.SerializeToString(), payloads, opening.session.sealer):
+                    await context.write(record)
 
     async def _step(
         self, message: Message[pb.StepRequest], opening: _Opening
@@ -218,7 +228,7 @@ class BackboneService:
         self._check_open()
         header, session = message.header, opening.session
         segments = header_segments(header)
-        key = (session.peer, session.run, header.step)
+        key = (session.session_id.hex(), session.run, header.step)
         sha256 = await self._in_pool(content_sha256, header, session.cut, message.payloads[0])
         if header.kind == pb.FORWARD:
             hidden_ND = await self._in_pool(message.tensor, HIDDEN)
@@ -323,6 +333,11 @@ def _entry(
         compute_s=done.compute_s,
         retention=done.retention,
     )
+
+
+def _failure(header: pb.StepRequest, error: TightbeamError) -> pb.StepReply:
+    failure = pb.Failure(code=error.code, message=error.message, cure=error.cure)
+    return pb.StepReply(step=header.step, kind=header.kind, failure=failure)
 
 
 def _receipt(moved: StepBytes) -> pb.Receipt:

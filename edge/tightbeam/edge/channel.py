@@ -134,7 +134,9 @@ class GrpcChannel:
 
     def _deliver(self, message: Message[StepReply]) -> None:
         with self._lock:
-            pending = self._pending.pop((message.header.step, message.header.kind))
+            pending = self._pending.pop((message.header.step, message.header.kind), None)
+        if pending is None:
+            return  # closed meanwhile: its future has failed
         moved = StepBytes(
             payload_up_bytes=pending.payload_bytes,
             payload_down_bytes=message.payload_bytes,

@@ -1,5 +1,6 @@
 """`connect()`: the edge's way to one cloud."""
 
+import itertools
 import json
 import time
 import uuid
@@ -135,6 +136,7 @@ class Cloud:
         self._on_row, self._on_retry, self._policy = on_row, on_retry, policy
         self._store = BlobStore(cache_folder(), self._fetch, on_download)
         self._steppers: list[Stepper] = []
+        self._numbers = itertools.count()
 
     def __enter__(self) -> Self:
         return self
@@ -186,6 +188,7 @@ class Cloud:
             on_row=self._step_row,
             on_retry=self._on_retry,
             policy=self._policy,
+            numbers=self._numbers,
         )
         self._steppers.append(stepper)
         return build_split_model(
@@ -202,7 +205,9 @@ class Cloud:
         """The backbone's own tokenizer."""
         folder = self._store.files(self.card)
         try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(
                 f"The cloud's model brings no usable tokenizer: {error}", cure="Load a tokenizer yourself."

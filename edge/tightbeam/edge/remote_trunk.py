@@ -1,8 +1,12 @@
 """The remote thing behaves like the local thing: an `nn.Module` in block k's place whose backward works.
 
+Padding never crosses. After the trunk it is zeros, so what the model puts out *at* padding differs from the
+whole model, where it is noise; what it puts out at tokens does not.
+
 B = batch, T = padded length, N = real tokens, D = hidden size.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -27,28 +31,32 @@ class RemoteTrunk(nn.Module):
 
     def watch(self, anatomy: Anatomy) -> None:
         """Note the 2-D attention mask of every forward: packing needs it, and blocks only get a dense one."""
+        self._signature = inspect.signature(anatomy.trunk_owner.forward)
         anatomy.trunk_owner.register_forward_pre_hook(self._note_mask, with_kwargs=True)
 
     def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states after the trunk, `[B, T, D]`; zeros at padding."""
-        past = kwargs.get("past_key_values")
-        if past is not None and past.get_seq_length() > 0 and hidden_BTD.shape[1] < past.get_seq_length():
-            raise UsageError(
-                "A key/value cache does not reach into the cloud.",
-                cure="Call generate(..., use_cache=False).",
-            )
         batch, length = hidden_BTD.shape[:2]
         packer = Packer((batch, length), self._mask_BT, kwargs["position_ids"])
         out_ND = _through_cloud(packer.pack(hidden_BTD), self.stepper, packer.segments)
         return packer.unpack(out_ND)
 
     def _note_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask = kwargs.get("attention_mask")
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        past, mask = given.get("past_key_values"), given.get("attention_mask")
+        if past is not None and past.get_seq_length() > 0:
+            raise UsageError(
+                "A key/value cache does not reach into the cloud.",
+                cure="Call generate(..., use_cache=False). Prefix tuning, which trains such a cache, needs "
+                "the whole model: use LoRA, IA3 or prompt tuning.",
+            )
         if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
             raise UsageError(
                 "The split model takes a 2-D attention mask [batch, length].",
                 cure="Pass the tokenizer's attention_mask; 4-D masks cannot be sent as packed rows.",
             )
+        if mask is not None and not bool(mask.any()):
+            raise UsageError("The attention mask covers the whole batch.", cure="Leave out empty batches.")
         self._mask_BT = mask
 
 

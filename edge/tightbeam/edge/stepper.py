@@ -5,9 +5,9 @@ billed once. A cloud that lost a step between forward and backward gets the inpu
 are raised at once.
 """
 
-import threading
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,7 +16,6 @@ from tightbeam.common.backbone import Segments
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.common.errors import (
-    CloudUnavailableError,
     IntegrityError,
     NonFiniteError,
     StepTooLargeError,
@@ -55,6 +54,7 @@ class Stepper:
         on_row: Callable[[StepRow], None] = lambda row: None,
         on_retry: Callable[[str], None] = print,
         policy: RetryPolicy | None = None,
+        numbers: Iterator[int] | None = None,
     ) -> None:
         self.run, self.codecs = run, codecs
         self._open_channel = open_channel
@@ -62,8 +62,8 @@ class Stepper:
         self._on_row, self._on_retry = on_row, on_retry
         self._policy = policy or RetryPolicy()
         self._channel: Channel | None = None
-        self._next_step = 0
-        self._lock = threading.Lock()
+        # shared by all models of a run: a step key is never used twice; next() of a count is atomic
+        self._numbers = itertools.count() if numbers is None else numbers
 
     def forward(self, hidden_ND: Tensor, segments: Segments, *, keep: bool) -> tuple[Tensor, int]:
         """Hidden states after the trunk, `[N, D]` on the CPU, and the step's number.
@@ -75,8 +75,7 @@ class Stepper:
                 f"A batch of {segments.num_tokens} tokens is over the cloud's limit of {self._max_tokens}.",
                 cure="Lower train.batch_size or data.max_length.",
             )
-        with self._lock:
-            step, self._next_step = self._next_step, self._next_step + 1
+        step = next(self._numbers)
         codecs = self.codecs
         job = _Job(FORWARD, step, segments, keep, codecs.activations_down)
         job.add(HIDDEN, _finite(hidden_ND, "activations"), codecs.activations_up)
@@ -112,9 +111,10 @@ class Stepper:
         while True:
             try:
                 return self._attempt(job)
-            except (CloudUnavailableError, IntegrityError, TightbeamError) as error:
-                num_integrity += isinstance(error, IntegrityError)
-                retry = error.transient or 0 < num_integrity <= self._policy.max_integrity_failures
+            except TightbeamError as error:
+                altered = isinstance(error, IntegrityError)
+                num_integrity += altered
+                retry = error.transient or (altered and num_integrity <= self._policy.max_integrity_failures)
                 left_s = self._policy.give_up_after_s - (time.monotonic() - started_s)
                 if not retry or left_s <= 0:
                     raise

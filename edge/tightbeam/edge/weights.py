@@ -3,10 +3,12 @@
 Fetched blob by blob, resumable, verified, shared between runs and cuts.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,11 +19,12 @@ from transformers import PreTrainedModel
 
 from tightbeam.common.backbone import Anatomy, Checkpoint, fingerprint
 from tightbeam.common.backbone.checkpoint import AUXILIARY_FILES
-from tightbeam.common.errors import FingerprintError, IntegrityError, TightbeamError
+from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
 __all__ = ["BlobStore", "WeightSource", "cache_folder", "check_card", "local_source"]
 
+_ONE_DOWNLOAD = threading.Lock()  # within a process; between processes, partial files have their own names
 Fetch = Callable[[str, int], Iterator[bytes]]  # sha256, offset -> pieces
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 WeightSource = Callable[[str], Tensor | None]  # parameter name -> tensor
@@ -37,8 +40,16 @@ def check_card(card: Card) -> None:
 
     Otherwise the weights are not those.
     """
+    if not all(re.fullmatch("[0-9a-f]{64}", blob.sha256) for blob in card.blobs):
+        raise ProtocolError(
+            "The cloud names weights by something else than SHA-256."
+        )  # it is a file name here
     weights = {blob.name: blob.sha256 for blob in card.blobs if not blob.name.startswith("file/")}
-    if fingerprint(json.loads(card.config_json), weights) != card.fingerprint:
+    try:
+        config = json.loads(card.config_json)
+    except ValueError as error:
+        raise ProtocolError("The cloud's model config is not JSON.") from error
+    if fingerprint(config, weights) != card.fingerprint:
         raise FingerprintError(
             "The cloud's list of weights does not have the fingerprint that it announces.",
             cure="Do not use this cloud; tell its operator.",
@@ -55,6 +66,10 @@ class BlobStore:
 
     def get(self, blob: Blob) -> Path:
         """The blob's file; downloaded from where an earlier attempt stopped, and verified."""
+        with _ONE_DOWNLOAD:
+            return self._get(blob)
+
+    def _get(self, blob: Blob) -> Path:
         target = self._folder / blob.sha256
         if target.is_file() and target.stat().st_size == blob.num_bytes:
             return target
@@ -63,7 +78,8 @@ class BlobStore:
         for leftover in sorted(self._folder.glob(f"{blob.sha256}.*.part")):
             owner = re.fullmatch(r".*\.(\d+)\.part", leftover.name)
             if owner and not psutil.pid_exists(int(owner[1])):
-                leftover.replace(partial)  # a killed download goes on where it stopped
+                with contextlib.suppress(FileNotFoundError):  # another process was faster
+                    leftover.replace(partial)  # a killed download goes on where it stopped
         try:
             self._download(blob, partial)
         except OSError as error:
@@ -77,7 +93,8 @@ class BlobStore:
     def _download(self, blob: Blob, partial: Path) -> None:
         digest = hashlib.sha256()
         if partial.exists():
-            digest.update(partial.read_bytes())
+            with partial.open("rb") as stopped:
+                digest = hashlib.file_digest(stopped, "sha256")
         with partial.open("ab") as stream:
             done = stream.tell()
             for piece in self._fetch(blob.sha256, done) if done < blob.num_bytes else ():
@@ -85,6 +102,8 @@ class BlobStore:
                 digest.update(piece)
                 done += len(piece)
                 self._progress(blob.name, done, blob.num_bytes)
+                if done > blob.num_bytes:
+                    break  # a cloud that sends without end must not fill the disk
         if done != blob.num_bytes or digest.hexdigest() != blob.sha256:
             partial.unlink()
             raise IntegrityError(

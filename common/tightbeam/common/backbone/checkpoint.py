@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -107,7 +107,10 @@ class Checkpoint:
             raise UsageError(
                 f"{folder} has no config.json.", cure="Pass a folder saved by save_pretrained()."
             )
-        self.config: dict[str, Any] = json.loads(config_file.read_text())
+        try:
+            self.config: dict[str, Any] = json.loads(config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UsageError(f"{config_file} is not JSON: {error}.", cure="Fetch the model again.") from error
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise UnsupportedModelError(
@@ -134,9 +137,14 @@ class Checkpoint:
     def load(self, name: str) -> Tensor:
         """Read one tensor, a copy on the CPU in the stored dtype."""
         place = self.tensors[name]
-        with safe_open(place.file, framework="pt") as file:
-            stored = name if name in file.keys() else name.partition(".")[2]  # noqa: SIM118 - not a dict
-            tensor: Tensor = file.get_tensor(stored)
+        try:
+            with safe_open(place.file, framework="pt") as file:
+                stored = name if name in file.keys() else name.partition(".")[2]  # noqa: SIM118 - not a dict
+                tensor: Tensor = file.get_tensor(stored)
+        except SafetensorError as error:
+            raise UsageError(
+                f"{place.file} is damaged or cut short: {error}.", cure="Fetch the model again."
+            ) from error
         return tensor
 
     def weight_blobs(self, anatomy: Anatomy) -> list[Blob]:
@@ -207,7 +215,12 @@ def _read_header(file: Path) -> dict[str, TensorRange]:
         size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= size <= 100_000_000:
             raise UsageError(f"{file} is not a safetensors file.", cure="Fetch the model again.")
-        header = json.loads(stream.read(size))
+        try:
+            header = json.loads(stream.read(size))
+        except ValueError as error:
+            raise UsageError(
+                f"{file} is cut short or not a safetensors file.", cure="Fetch the model again."
+            ) from error
     header.pop("__metadata__", None)
     return {
         name: TensorRange(

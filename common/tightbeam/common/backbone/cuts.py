@@ -1,4 +1,4 @@
-"""A cut `k:m`: the first k blocks and the last m stay at the edge, the trunk between them runs in the cloud."""
+"""A cut `k:m`: the first k and the last m blocks stay at the edge, the trunk between runs in the cloud."""
 
 import re
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
 """Where a transformers causal LM keeps its blocks.
 
 Any model is cut whose blocks sit in one `nn.ModuleList` of `num_hidden_layers` modules. Tested families are
-in `FAMILIES`; other models are tried, and the cloud's self-test (`selftest.py`) refuses those that do not run on
-packed rows. `REFUSED` names architectures known to fail, with the reason.
+in `FAMILIES`; other models are tried, and the cloud's self-test (`selftest.py`) refuses those that do not run
+on packed rows. `REFUSED` names architectures known to fail, with the reason.
 """
 
 from dataclasses import dataclass

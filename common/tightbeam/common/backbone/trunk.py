@@ -1,8 +1,8 @@
-"""The trunk: frozen blocks applied to packed rows. One small interface, `Trunk`, for every place they may run.
+"""The trunk: frozen blocks applied to packed rows. One small interface, `Trunk`, wherever they may run.
 
 `PackedTrunk` drives a stock transformers model without knowing its family: the model's own forward computes
-rotary embeddings and per-layer arguments, while a slot in each block's place swaps in the boundary input at the first
-wanted block and takes the result out after the last.
+rotary embeddings and per-layer arguments, while a slot in each block's place swaps in the boundary input at
+the first wanted block and takes the result out after the last.
 
 N = packed tokens, D = hidden size.
 """
