@@ -13,12 +13,16 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write; else the first run.")
     ] = None,
+    prices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with prices and watts; else the defaults.")
+    ] = None,
 ) -> None:
     """Print what runs cost; write report.html, costs.json and costs.csv."""
+    from tightbeam.common.costs.prices import Prices
     from tightbeam.common.costs.report import write_files
     from tightbeam.common.costs.summary import summarise
     from tightbeam.common.costs.table import print_table
 
-    costs = summarise(runs)
+    costs = summarise(runs, Prices.load(prices) if prices else None)
     print_table(costs)
     typer.echo(write_files(costs, output or runs[0]))

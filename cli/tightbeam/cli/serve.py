@@ -29,6 +29,9 @@ def serve(
     ] = None,
     max_tokens_per_step: Annotated[int, typer.Option(help="Larger steps are refused.")] = 65536,
     ledger: Annotated[Path, typer.Option(help="SQLite file of who used what.")] = Path("ledger.db"),
+    prices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with what the cloud asks.")
+    ] = None,
 ) -> None:
     """Serve the frozen blocks of a model to edges."""
     if insecure:
@@ -42,6 +45,7 @@ def serve(
 
     from tightbeam.cloud.server import ServeOptions
     from tightbeam.cloud.server import serve as serve_forever
+    from tightbeam.common.costs.prices import Prices
 
     options = ServeOptions(
         model=model,
@@ -54,6 +58,7 @@ def serve(
         retention_bytes=retention_bytes,
         ledger=ledger,
         max_tokens_per_step=max_tokens_per_step,
+        prices=Prices.load(prices) if prices else Prices(),
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     host = listen.rpartition(":")[0]
