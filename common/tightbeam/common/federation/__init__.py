@@ -1,0 +1,41 @@
+"""The mathematics of federation: LoRA factors, aggregation, secure aggregation. Numpy only; knows no Flower.
+
+`federation.secagg` has its own front door, since it needs `cryptography`.
+"""
+
+from tightbeam.common.federation.aggregation import (
+    AGGREGATORS,
+    Aggregate,
+    Aggregator,
+    FedIT,
+    FfaLora,
+    FlexLora,
+    Flora,
+    HetLora,
+    ZeroPadding,
+    aggregator_named,
+    self_pruned_rank,
+)
+from tightbeam.common.federation.lora import Arrays, LoraAdapter, LoraModule, fold, parse_adapter
+from tightbeam.common.federation.updates import Update, check_update
+
+__all__ = [
+    "AGGREGATORS",
+    "Aggregate",
+    "Aggregator",
+    "Arrays",
+    "FedIT",
+    "FfaLora",
+    "FlexLora",
+    "Flora",
+    "HetLora",
+    "LoraAdapter",
+    "LoraModule",
+    "Update",
+    "ZeroPadding",
+    "aggregator_named",
+    "check_update",
+    "fold",
+    "parse_adapter",
+    "self_pruned_rank",
+]
