@@ -17,7 +17,7 @@ from tightbeam.common.errors import (
     IdentityError,
     IntegrityError,
     ProtocolError,
-    StaleKeyError,
+    StaleHandshakeError,
 )
 from tightbeam.common.identity import (
     Identity,
@@ -328,7 +328,7 @@ def test_an_expired_bundle_is_refused_on_both_sides(world: World) -> None:
 
 def test_an_unknown_key_is_refused(world: World) -> None:
     request = start(CloudKeys.generate(world.cloud, FINGERPRINT).bundle, world.clinic).request
-    with pytest.raises(StaleKeyError, match="cloud restarted") as caught:
+    with pytest.raises(StaleHandshakeError, match="cloud restarted") as caught:
         CloudKeys.generate(world.cloud, FINGERPRINT).accept(request, world.cloud.trust)
     assert caught.value.transient
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
@@ -59,6 +60,7 @@ class ServeOptions:
     retention_bytes: int | None = None  # None: a quarter of free memory
     ledger: Path = Path("ledger.db")
     max_tokens_per_step: int = 65536
+    in_flight_bytes: int | None = None  # of steps on their way; None: a quarter of free host memory
     prices: Prices = field(default_factory=Prices)
 
 
@@ -80,6 +82,8 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
         )
         budget = options.retention_bytes
         budget = free_memory_bytes(backbone.trunk.device()) // 4 if budget is None else budget
+        in_flight = options.in_flight_bytes
+        in_flight = free_memory_bytes(torch.device("cpu")) // 4 if in_flight is None else in_flight
         engine = Engine(backbone.trunk, Retention(budget, backbone.graph_bytes), backbone.dtype)
         service = BackboneService(
             backbone,
@@ -89,6 +93,7 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
             identity.trust,
             tls=not options.insecure,
             max_tokens_per_step=options.max_tokens_per_step,
+            in_flight_bytes=in_flight,
             prices=options.prices,
         )
         server = grpc.aio.server(options=_OPTIONS)

@@ -7,7 +7,7 @@
     |   |-- CutError               a cut that this model or this cloud does not allow
     |   |-- UnsupportedModelError  a model that cannot be cut, and why
     |   |-- IdentityError          missing, foreign or expired certificates
-    |   |   `-- StaleKeyError      a handshake for a key that a restarted cloud forgot: transient
+    |   |   `-- StaleHandshakeError  a key or session that a restarted cloud forgot: transient
     |   `-- FingerprintError       weights or a cache that belong to another backbone
     |-- StepRefusedError           the cloud will never accept this step: permanent
     |   |-- StepTooLargeError
@@ -44,7 +44,7 @@ __all__ = [
     "NonFiniteError",
     "ProtocolError",
     "RecipeError",
-    "StaleKeyError",
+    "StaleHandshakeError",
     "StepConflictError",
     "StepRefusedError",
     "StepTooLargeError",
@@ -111,10 +111,10 @@ class IdentityError(UsageError):
     code, status, exit_code = "identity", "UNAUTHENTICATED", 3
 
 
-class StaleKeyError(IdentityError):
-    """The cloud no longer holds the key that a handshake was made for; a fresh card has the new one."""
+class StaleHandshakeError(IdentityError):
+    """The cloud no longer holds what a handshake was made for, or led to; a fresh one will do."""
 
-    code, transient = "stale_key", True
+    code, transient = "stale_handshake", True
 
 
 class FingerprintError(UsageError):

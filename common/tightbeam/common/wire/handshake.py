@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from cryptography.exceptions import InvalidSignature
 
-from tightbeam.common.errors import FingerprintError, IdentityError, ProtocolError, StaleKeyError
+from tightbeam.common.errors import FingerprintError, IdentityError, ProtocolError, StaleHandshakeError
 from tightbeam.common.identity import Identity, Role, Trust
 from tightbeam.common.wire.kem import KEM_PUBLIC_BYTES, SEALED_SECRET_BYTES, KemKey, seal_secret
 from tightbeam.common.wire.key_schedule import (
@@ -132,7 +132,7 @@ class CloudKeys:
         _require_request_sizes(request)
         static = self._keys.get(request.key_id)
         if static is None or now > static.bundle.not_after:
-            raise StaleKeyError(
+            raise StaleHandshakeError(
                 "The cloud does not hold the key that this handshake was made for: it expired or the cloud "
                 "restarted.",
                 cure="Fetch the card again and connect anew.",

@@ -1,0 +1,176 @@
+"""One step in the cloud, from an opened request to a reply that may be sealed.
+
+Codecs, hashes and the ledger run in a thread pool; the engine's one worker owns the device. The ledger row is
+durable before `StepRunner.run` returns, so before its reply leaves.
+"""
+
+import asyncio
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+from torch import Tensor
+
+from tightbeam.cloud.engine import Done, Engine
+from tightbeam.cloud.ledger import Ledger, LedgerEntry
+from tightbeam.common.costs.framing import wire_bytes
+from tightbeam.common.costs.rows import StepBytes
+from tightbeam.common.errors import CloudUnavailableError, ProtocolError, StepTooLargeError
+from tightbeam.common.wire.codecs import codec
+from tightbeam.common.wire.handshake import Session
+from tightbeam.common.wire.messages import Message, encode_tensor, sealed_sizes
+from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, KINDS, content_sha256, header_segments
+from tightbeam.proto import backbone_pb2 as pb
+
+__all__ = ["StepRunner", "receipt"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+# what a request may carry; a backward brings its inputs along when the cloud lost them
+_TENSORS = {pb.FORWARD: [[HIDDEN]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
+_DECODED_ITEM_BYTES = 4  # codecs compute in float32
+
+
+class StepRunner:
+    """Runs the steps of all streams."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        ledger: Ledger,
+        pool: ThreadPoolExecutor,
+        *,
+        hidden_size: int,
+        limits: pb.Limits,
+        tls: bool,
+    ) -> None:
+        self._engine, self._ledger, self._pool = engine, ledger, pool
+        self._hidden_size, self._limits, self._tls = hidden_size, limits, tls
+        self._draining = False
+
+    def drain(self) -> None:
+        """Start no more steps."""
+        self._draining = True
+
+    def require_open(self) -> None:
+        """Refuse new work while the cloud shuts down."""
+        if self._draining:
+            raise CloudUnavailableError(
+                "This cloud is shutting down.", cure="Retry: another may take its place."
+            )
+
+    def admit(self, header: pb.StepRequest) -> int:
+        """Refuse a request by its header, before memory is taken for its tensors; returns how many bytes.
+
+        Raises `StepTooLargeError` for one that will never be accepted, `ProtocolError` for one that
+        contradicts itself, `CodecError`.
+        """
+        num_tokens = sum(header.lengths)
+        if num_tokens > self._limits.max_tokens_per_step:
+            raise StepTooLargeError(
+                f"A step of {num_tokens} tokens is over this cloud's limit of "
+                f"{self._limits.max_tokens_per_step}.",
+                cure="Use a smaller batch or shorter sequences.",
+            )
+        names = [spec.name for spec in header.tensors]
+        if names not in _TENSORS.get(header.kind, []):
+            raise ProtocolError(f"A step of kind {header.kind} with tensors {names} is not understood.")
+        shape = [num_tokens, self._hidden_size]
+        if any(list(spec.shape) != shape for spec in header.tensors):
+            raise ProtocolError(f"The tensors of a step of {num_tokens} tokens must have the shape {shape}.")
+        self._admit_positions(header)
+        decoded_bytes = _DECODED_ITEM_BYTES * math.prod(shape)
+        names = [spec.codec for spec in header.tensors] + [header.reply_codec]
+        return sum(codec(name).num_bytes(shape) + decoded_bytes for name in names)
+
+    def _admit_positions(self, header: pb.StepRequest) -> None:
+        # an entry counts at least one token, so the lists are no longer than the tensors
+        if (
+            0 in header.lengths
+            or 0 in header.run_lengths
+            or len(header.run_starts) != len(header.run_lengths)
+        ):
+            raise ProtocolError("The segments or positions of a step are malformed.")
+        limit = self._limits.max_positions
+        if any(s + n > limit for s, n in zip(header.run_starts, header.run_lengths, strict=True)):
+            raise StepTooLargeError(
+                f"A position is beyond the {limit} that this model was built for.",
+                cure="Use shorter sequences.",
+            )
+
+    async def run(
+        self, message: Message[pb.StepRequest], session: Session, span: range
+    ) -> tuple[pb.StepReply, list[Tensor]]:
+        """Compute and bill one step; gives the reply and its payloads. Raises what `Engine` raises."""
+        self.require_open()
+        header = message.header
+        segments = header_segments(header)
+        key = (session.peer, session.run, header.step)
+        sha256 = await self._in_pool(content_sha256, header, session.cut, message.payloads[0])
+        if header.kind == pb.FORWARD:
+            hidden_ND = await self._in_pool(message.tensor, HIDDEN)
+            done = await self._engine.forward(key, hidden_ND, segments, span, keep=header.keep)
+            name = HIDDEN
+        else:
+            grad_ND = await self._in_pool(message.tensor, GRADIENT)
+            inputs_ND = await self._in_pool(message.tensor, HIDDEN) if message.has(HIDDEN) else None
+            done = await self._engine.backward(key, grad_ND, inputs_ND, segments, span)
+            name = GRADIENT
+        spec, payload = await self._in_pool(encode_tensor, name, done.tensor_ND, header.reply_codec)
+        reply = pb.StepReply(
+            step=header.step, kind=header.kind, tensors=[spec],
+            queue_s=done.queue_s, compute_s=done.compute_s, flops=done.flops,
+        )  # fmt: skip
+        moved = self._measure(message, reply, payload)
+        billed = await self._in_pool(self._ledger.record, _entry(header, session, sha256.hex(), done, moved))
+        if billed.before is not None:
+            reply.billed_before.CopyFrom(receipt(billed.before))
+        return reply, [payload]
+
+    def _measure(self, message: Message[pb.StepRequest], reply: pb.StepReply, payload: Tensor) -> StepBytes:
+        down = sealed_sizes(reply.SerializeToString(), [payload.numel()])
+        return StepBytes(
+            payload_up_bytes=message.payload_bytes,
+            payload_down_bytes=payload.numel(),
+            sealed_up_bytes=sum(message.sealed_sizes),
+            sealed_down_bytes=sum(down),
+            wire_up_bytes=wire_bytes(message.sealed_sizes, tls=self._tls),
+            wire_down_bytes=wire_bytes(down, tls=self._tls),
+        )
+
+    async def _in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        assert not kwargs
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+def receipt(moved: StepBytes) -> pb.Receipt:
+    """The same numbers as a message."""
+    return pb.Receipt(
+        payload_up_bytes=moved.payload_up_bytes,
+        payload_down_bytes=moved.payload_down_bytes,
+        sealed_up_bytes=moved.sealed_up_bytes,
+        sealed_down_bytes=moved.sealed_down_bytes,
+        wire_up_bytes=moved.wire_up_bytes,
+        wire_down_bytes=moved.wire_down_bytes,
+    )
+
+
+def _entry(
+    header: pb.StepRequest, session: Session, sha256: str, done: Done, moved: StepBytes
+) -> LedgerEntry:
+    return LedgerEntry(
+        tenant=session.peer,
+        run=session.run,
+        step=header.step,
+        kind=KINDS[header.kind],
+        request_sha256=sha256,
+        tokens=sum(header.lengths),
+        segments=len(header.lengths),
+        bytes=moved,
+        flops=done.flops,
+        queue_s=done.queue_s,
+        compute_s=done.compute_s,
+        retention=done.retention,
+    )

@@ -1,0 +1,118 @@
+"""One `Steps` stream in the cloud: sealed requests in, sealed replies out, each step on its own.
+
+Records are opened and sealed here, in the order of the stream. The first record that is not what the protocol
+says ends the stream; a step that fails otherwise is answered by a failure, and the stream goes on.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+from tightbeam.cloud.admission import Opening, Quota
+from tightbeam.cloud.rpc import Context, abort
+from tightbeam.cloud.steps import StepRunner
+from tightbeam.common.errors import CloudUnavailableError, TightbeamError
+from tightbeam.common.wire.messages import Message, MessageReader, seal_message
+from tightbeam.proto import backbone_pb2 as pb
+
+__all__ = ["StepStream"]
+
+_log = logging.getLogger(__name__)
+_STEPS_IN_FLIGHT = 8  # a client that sends more waits
+STALL_S = 60.0  # for the next record of a message, either way
+
+
+class StepStream:
+    """The stream of one session."""
+
+    def __init__(
+        self, opening: Opening, runner: StepRunner, in_flight_bytes: Quota, context: Context
+    ) -> None:
+        self._session, self._span = opening.session, opening.span
+        self._runner, self._context = runner, context
+        self._quota = in_flight_bytes
+        self._arriving_bytes = 0  # admitted for the message that is being read
+        self._room = asyncio.Semaphore(_STEPS_IN_FLIGHT)
+        self._writing = asyncio.Lock()
+        self._answers: set[asyncio.Task[None]] = set()
+
+    async def serve(self, records: AsyncIterator[bytes]) -> None:
+        """Answer until the edge ends the stream."""
+        session, ended_by = self._session, None
+        _log.info("stream of %s, run %r, cut %s", session.peer, session.run, session.cut)
+        try:
+            async with asyncio.TaskGroup() as answers:
+                await self._read(records, answers)
+        except* TightbeamError as group:
+            ended_by = _first(group)
+        finally:
+            self._give(self._arriving_bytes)
+        if ended_by is not None:
+            _log.warning("stream of %s closed: %s", session.peer, ended_by.message)
+            await abort(self._context, ended_by)
+
+    async def finish_steps(self) -> None:
+        """Wait for the steps that are being answered."""
+        while self._answers:
+            await asyncio.wait(self._answers)
+
+    async def _read(self, records: AsyncIterator[bytes], answers: asyncio.TaskGroup) -> None:
+        reader = MessageReader(self._session.opener, pb.StepRequest, self._admit)
+        while (record := await _next_record(records, reader)) is not None:
+            message = reader.feed(record)
+            if message is not None:
+                await self._room.acquire()
+                self._begin(message, answers)
+
+    def _admit(self, header: pb.StepRequest) -> None:
+        num_bytes = self._runner.admit(header)
+        self._quota.take(self._session.peer, num_bytes)
+        self._arriving_bytes = num_bytes
+
+    def _begin(self, message: Message[pb.StepRequest], answers: asyncio.TaskGroup) -> None:
+        num_bytes, self._arriving_bytes = self._arriving_bytes, 0
+
+        def finished(task: asyncio.Task[None]) -> None:  # also for a task that was cancelled before it ran
+            self._answers.discard(task)
+            self._room.release()
+            self._give(num_bytes)
+
+        task = answers.create_task(self._answer(message))
+        self._answers.add(task)
+        task.add_done_callback(finished)
+
+    def _give(self, num_bytes: int) -> None:
+        if num_bytes:
+            self._quota.give(self._session.peer, num_bytes)
+
+    async def _answer(self, message: Message[pb.StepRequest]) -> None:
+        request = message.header
+        try:
+            reply, payloads = await self._runner.run(message, self._session, self._span)
+        except TightbeamError as error:
+            failure = pb.Failure(code=error.code, message=error.message, cure=error.cure)
+            reply, payloads = pb.StepReply(step=request.step, kind=request.kind, failure=failure), []
+        async with self._writing:
+            for record in seal_message(reply.SerializeToString(), payloads, self._session.sealer):
+                await self._write(record)
+
+    async def _write(self, record: bytes) -> None:
+        try:
+            async with asyncio.timeout(STALL_S):
+                await self._context.write(record)
+        except TimeoutError:
+            raise CloudUnavailableError(f"The edge took no record for {STALL_S:.0f} s.") from None
+
+
+async def _next_record(records: AsyncIterator[bytes], reader: MessageReader[pb.StepRequest]) -> bytes | None:
+    """The next record, or None at the end of the stream; between two messages an edge may take its time."""
+    try:
+        async with asyncio.timeout(None if reader.idle else STALL_S):
+            return await anext(records, None)
+    except TimeoutError:
+        raise CloudUnavailableError(f"The rest of a step did not come within {STALL_S:.0f} s.") from None
+
+
+def _first(group: BaseExceptionGroup[TightbeamError]) -> TightbeamError:
+    error = group.exceptions[0]
+    return error if isinstance(error, TightbeamError) else _first(error)
