@@ -24,7 +24,7 @@ async def abort(context: Context, error: TightbeamError) -> NoReturn:
 def tls_tenant(context: Context) -> str | None:
     """The tenant whom the TLS client certificate names; None when none is visible.
 
-    None is visible without TLS, or when something between edge and cloud ends it. Raises IdentityError for a
+    None is visible when something between edge and cloud ends it. Raises IdentityError for a
     certificate that names no tenant.
     """
     names: Iterable[bytes] = context.auth_context().get("x509_subject_alternative_name", [])

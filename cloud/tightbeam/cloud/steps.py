@@ -54,6 +54,11 @@ class StepRunner:
         """Start no more steps."""
         self._draining = True
 
+    def forget(self, session: Session) -> None:
+        """Free what the steps of a session that ended have left."""
+        if not self._draining:
+            self._engine.forget_session(session.session_id.hex())
+
     def require_open(self) -> None:
         """Refuse new work while the cloud shuts down."""
         if self._draining:
@@ -107,7 +112,7 @@ class StepRunner:
         self.require_open()
         header = message.header
         segments = header_segments(header)
-        key = (session.peer, session.run, header.step)
+        key = (session.session_id.hex(), session.run, header.step)
         sha256 = await self._in_pool(content_sha256, header, session.cut, message.payloads[0])
         if header.kind == pb.FORWARD:
             hidden_ND = await self._in_pool(message.tensor, HIDDEN)

@@ -47,6 +47,7 @@ class StepStream:
             ended_by = _first(group)
         finally:
             self._give(self._arriving_bytes)
+            self._runner.forget(session)
         if ended_by is not None:
             _log.warning("stream of %s closed: %s", session.peer, ended_by.message)
             await abort(self._context, ended_by)
@@ -86,12 +87,11 @@ class StepStream:
             self._quota.give(self._session.peer, num_bytes)
 
     async def _answer(self, message: Message[pb.StepRequest]) -> None:
-        request = message.header
-        try:
-            reply, payloads = await self._runner.run(message, self._session, self._span)
-        except TightbeamError as error:
-            failure = pb.Failure(code=error.code, message=error.message, cure=error.cure)
-            reply, payloads = pb.StepReply(step=request.step, kind=request.kind, failure=failure), []
+        work = self._runner.run(message, self._session, self._span)
+        (result,) = await asyncio.gather(work, return_exceptions=True)
+        # An error that is not ours gets an answer too, or the edge would wait for ever.
+        answer = (_failed(message.header, result), []) if isinstance(result, BaseException) else result
+        reply, payloads = answer
         async with self._writing:
             for record in seal_message(reply.SerializeToString(), payloads, self._session.sealer):
                 await self._write(record)
@@ -111,6 +111,16 @@ async def _next_record(records: AsyncIterator[bytes], reader: MessageReader[pb.S
             return await anext(records, None)
     except TimeoutError:
         raise CloudUnavailableError(f"The rest of a step did not come within {STALL_S:.0f} s.") from None
+
+
+def _failed(header: pb.StepRequest, error: BaseException) -> pb.StepReply:
+    if not isinstance(error, TightbeamError):
+        _log.error("step %d failed", header.step, exc_info=error)
+        error = TightbeamError(
+            "The cloud failed on this step.", cure="Its operator finds why in the cloud's log."
+        )
+    failure = pb.Failure(code=error.code, message=error.message, cure=error.cure)
+    return pb.StepReply(step=header.step, kind=header.kind, failure=failure)
 
 
 def _first(group: BaseExceptionGroup[TightbeamError]) -> TightbeamError:
