@@ -62,6 +62,7 @@ def test_what_only_looks_like_a_factor_is_rest() -> None:
     assert set(parse_adapter(state, 1.0, "ward").rest) == {HEAD, f"{Q_PROJ}.lora_B.bias"}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_names_are_those_of_a_real_peft_adapter() -> None:
     """The one test that needs torch: what PEFT writes today is what we read."""
     import peft
