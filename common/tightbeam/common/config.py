@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -26,7 +26,9 @@ __all__ = [
     "ModelSection",
     "OutputSection",
     "Recipe",
+    "Section",
     "TrainSection",
+    "checked_section",
     "load_recipe",
     "recipe_from_mapping",
 ]
@@ -34,13 +36,16 @@ __all__ = [
 CODEC_NAME = r"^[a-z][a-z0-9_]*$"
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
     """Frozen, and a key nobody knows is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
 
-class ModelSection(_Section):
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+class ModelSection(Section):
     """Which backbone, and how the edge's own part of it runs."""
 
     cloud: str = Field(description="Address of the cloud, host:port.", pattern=r"^.+:\d{1,5}$")
@@ -58,7 +63,7 @@ class ModelSection(_Section):
     )
 
 
-class Codecs(_Section):
+class Codecs(Section):
     """Which codec carries each of the four tensors of a step; `auto` changes no bit (see docs/recipes.md)."""
 
     activations_up: str = Field(default="auto", pattern=CODEC_NAME, description="Bottom to trunk, forward.")
@@ -82,7 +87,7 @@ class Codecs(_Section):
         return full
 
 
-class AdapterSection(_Section):
+class AdapterSection(Section):
     """Which PEFT method is trained on the edge's blocks."""
 
     method: str = Field(default="lora", description="Name of a PEFT method, such as lora, ia3, loha, oft.")
@@ -105,7 +110,7 @@ class AdapterSection(_Section):
     )
 
 
-class DataSection(_Section):
+class DataSection(Section):
     """Which examples, and how a text becomes tokens and labels."""
 
     train: Path = Field(description="Training file, JSONL or CSV; relative to where the command runs.")
@@ -134,7 +139,7 @@ class DataSection(_Section):
         return self
 
 
-class TrainSection(_Section):
+class TrainSection(Section):
     """How the adapter is trained. Steps are optimizer steps unless a name says otherwise."""
 
     epochs: float | None = Field(
@@ -172,7 +177,7 @@ class TrainSection(_Section):
         return self
 
 
-class OutputSection(_Section):
+class OutputSection(Section):
     """Where the run's files go: `<dir>/<name>/`."""
 
     dir: Path = Field(default=Path("runs"), description="Folder of runs.")
@@ -183,7 +188,7 @@ class OutputSection(_Section):
     report: bool = Field(default=True, description="Write report.html at the end.")
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One training run, complete and checked."""
 
     model: ModelSection
@@ -264,6 +269,19 @@ def recipe_from_mapping(
     lines: Mapping[str, int] | None = None,
 ) -> Recipe:
     """Check plain data as a recipe; `lines` says at which line of `origin` a dotted key stands."""
+    return checked_section(Recipe, mapping, overrides=overrides, origin=origin, lines=lines, cure=_CURE)
+
+
+def checked_section(
+    section: type[SectionT],
+    mapping: Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    origin: str,
+    lines: Mapping[str, int] | None = None,
+    cure: str,
+) -> SectionT:
+    """Check plain data as any section, such as a scenario of a simulation; raises as `load_recipe`."""
     data = json.loads(json.dumps(mapping, default=str))  # a private copy of plain YAML data
     places = {key: f"{origin}:{line}" for key, line in (lines or {}).items()}
     for override in overrides:
@@ -272,9 +290,9 @@ def recipe_from_mapping(
         places[key] = f"--set {override}"
     try:
         # JSON mode, because strict there still reads a path from text but never a number from true or "3".
-        return Recipe.model_validate_json(json.dumps(data), strict=True)
+        return section.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise RecipeError(explain(error, Recipe, places, origin), cure=_CURE) from error
+        raise RecipeError(explain(error, section, places, origin), cure=cure) from error
 
 
 _CURE = "docs/recipes.md lists every key."

@@ -180,17 +180,7 @@ class Cloud:
             parsed, card.num_blocks
         )
         as_dtype = choose_dtype(card.dtype if dtype == "auto" else dtype, torch.float32)
-        stepper = Stepper(
-            self.run,
-            lambda: self._open_stream(cut),
-            self._codecs(codec, as_dtype),
-            max_tokens_per_step=card.limits.max_tokens_per_step,
-            on_row=self._step_row,
-            on_retry=self._on_retry,
-            policy=self._policy,
-            numbers=self._numbers,
-        )
-        self._steppers.append(stepper)
+        stepper = self.open_steps(cut, codec=codec, dtype=as_dtype)
         return build_split_model(
             card,
             parsed,
@@ -200,6 +190,27 @@ class Cloud:
             device=choose_device(device),
             local_path=None if local_path is None else Path(local_path),
         )
+
+    def open_steps(
+        self, cut: str, *, codec: str | Codecs = "auto", dtype: torch.dtype = torch.float32
+    ) -> Stepper:
+        """The steps of one more model of this cut, for a trunk that is built already; ends with the cloud.
+
+        Simulated edges take turns in one split model: each swaps in its own steps, so that every activation
+        crosses in its own session and on its own account.
+        """
+        stepper = Stepper(
+            self.run,
+            lambda: self._open_stream(cut),
+            self._codecs(codec, dtype),
+            max_tokens_per_step=self.card.limits.max_tokens_per_step,
+            on_row=self._step_row,
+            on_retry=self._on_retry,
+            policy=self._policy,
+            numbers=self._numbers,
+        )
+        self._steppers.append(stepper)
+        return stepper
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
         """The backbone's own tokenizer."""
