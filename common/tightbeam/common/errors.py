@@ -94,7 +94,7 @@ class DataError(UsageError):
 
 
 class CutError(UsageError):
-    """This model or this cloud does not allow the cut."""
+    """The cut is not one that this model and this cloud allow."""
 
     code, status = "cut", "FAILED_PRECONDITION"
 

@@ -28,7 +28,7 @@ from typing import Any, Self
 from tightbeam.common.config import Recipe, load_recipe
 from tightbeam.common.errors import RecipeError, TightbeamError, UsageError
 
-__all__ = ["MetricsFile", "RunFolder", "atomic_write", "sync_folder", "write_failed"]
+__all__ = ["MetricsFile", "RunFolder", "atomic_write", "environment", "sync_folder", "write_failed"]
 
 _PACKAGES = ("tightbeam", "torch", "transformers", "peft", "grpcio", "cryptography", "safetensors", "numpy")
 _FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}

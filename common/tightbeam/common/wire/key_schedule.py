@@ -22,6 +22,8 @@ __all__ = [
     "bundle_content",
     "confirmation",
     "derive_secrets",
+    "digest",
+    "fields",
     "key_id_of",
     "suite_name",
 ]
