@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tightbeam.cli import certs, config, data, demo, doctor, report, serve, train, usage
+from tightbeam.cli import cache, certs, config, data, demo, doctor, report, serve, train, usage
 from tightbeam.cli.options import say
 from tightbeam.common.errors import TightbeamError
 
@@ -33,6 +33,7 @@ app.command("doctor")(doctor.doctor)
 app.command("usage")(usage.usage)
 app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
+app.add_typer(cache.app, name="cache")
 app.add_typer(certs.app, name="certs")
 app.add_typer(config.app, name="config")
 
