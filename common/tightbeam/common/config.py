@@ -51,6 +51,11 @@ class ModelSection(Section):
     cloud: str = Field(description="Address of the cloud, host:port.", pattern=r"^.+:\d{1,5}$")
     identity: Path | None = Field(default=None, description="Folder with this edge's certificate and key.")
     insecure: bool = Field(default=False, description="Connect without TLS; only for loopback.")
+    fingerprint: str | None = Field(
+        default=None,
+        pattern="^[0-9a-f]{64}$",
+        description="Refuse any other backbone; `tightbeam doctor` shows it.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         default="auto", description="Number format of the edge's blocks; auto is what the cloud's card says."
     )

@@ -33,6 +33,7 @@ from tightbeam.proto.backbone_pb2 import StepReply, StepRequest
 
 __all__ = ["Channel", "Exchange", "GrpcChannel", "error_from_rpc"]
 
+_STALL_S = 60.0  # for the next record of a reply that has begun
 STEPS_METHOD = "/tightbeam.v1.Backbone/Steps"
 
 
@@ -69,21 +70,30 @@ class _Pending:
 
 
 class GrpcChannel:
-    """One `Steps` stream. It does not reconnect: the first failure fails everything pending."""
+    """One `Steps` stream. It does not reconnect: the first failure fails everything pending.
 
-    def __init__(self, grpc_channel: grpc.Channel, session: Session, *, tls: bool) -> None:
-        self._session, self._tls = session, tls
+    `silence_s` is how long a cloud that is there (gRPC's pings see to that) may take for a reply.
+    """
+
+    def __init__(
+        self, grpc_channel: grpc.Channel, session: Session, *, tls: bool, silence_s: float = 600.0
+    ) -> None:
+        self._session, self._tls, self._silence_s = session, tls, silence_s
+        self._last_record_s = time.monotonic()
+        self._closed = threading.Event()
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._pending: dict[tuple[int, int], _Pending] = {}
         self._lock = threading.Lock()  # records are sealed in the order they are sent
         self._failure: TightbeamError | None = None
         self._reader = MessageReader(session.opener, StepReply, self._admit)
         stream: Any = grpc_channel.stream_stream(STEPS_METHOD)
-        self._call: Any = stream(
-            iter(self._outbox.get, None), metadata=((SESSION_KEY, session.session_id.hex()),)
-        )
-        self._thread = threading.Thread(target=self._receive, name="tightbeam-receive", daemon=True)
-        self._thread.start()
+        self._call: Any = stream(self._outgoing(), metadata=((SESSION_KEY, session.session_id.hex()),))
+        self._threads = [
+            threading.Thread(target=target, name=f"tightbeam{target.__name__}", daemon=True)
+            for target in (self._receive, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, header: StepRequest, payloads: list[Tensor]) -> Future[Exchange]:
         """Seal and send a request."""
@@ -94,6 +104,7 @@ class GrpcChannel:
                 future.set_exception(self._failure)
                 return future
             pending = _Pending(header, future, started_s, [], sum(p.numel() for p in payloads), 0.0)
+            self._last_record_s = time.monotonic()
             self._pending[header.step, header.kind] = pending
             for record in _timed(
                 seal_message(header.SerializeToString(), payloads, self._session.sealer), pending
@@ -107,20 +118,36 @@ class GrpcChannel:
         self._fail(CloudUnavailableError("This connection was closed."))
         self._outbox.put(None)
         self._call.cancel()
-        self._thread.join(timeout=5.0)
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+
+    def _outgoing(self) -> Iterator[bytes]:
+        for record in iter(self._outbox.get, None):
+            self._last_record_s = time.monotonic()
+            yield record
+
+    def _watch(self) -> None:
+        """A record that was dropped on the way leaves both ends waiting, and the connection well."""
+        while not self._closed.wait(0.5):
+            limit_s = min(self._silence_s, self._silence_s if self._reader.idle else _STALL_S)
+            if self._pending and time.monotonic() - self._last_record_s > limit_s:
+                self._fail(CloudUnavailableError(f"The cloud has sent nothing for {limit_s:.0f} s."))
+                self._call.cancel()
 
     def _receive(self) -> None:
         try:
             for record in self._call:
+                self._last_record_s = time.monotonic()
                 message = self._reader.feed(record)
                 if message is not None:
                     self._deliver(message)
-            self._fail(CloudUnavailableError("The cloud closed the stream."))
         except grpc.RpcError as error:
             self._fail(error_from_rpc(error))
         except TightbeamError as error:
             self._fail(error)
             self._call.cancel()
+        finally:
+            self._fail(CloudUnavailableError("The cloud closed the stream."))
 
     def _admit(self, header: StepReply) -> None:
         """A reply must answer a pending request with a tensor of its shape, or with a failure."""
@@ -152,6 +179,7 @@ class GrpcChannel:
         with self._lock:
             self._failure = self._failure or error
             pending, self._pending = list(self._pending.values()), {}
+        self._closed.set()
         for entry in pending:
             entry.future.set_exception(error)
 

@@ -133,7 +133,7 @@ class Cloud:
         self.card = pb.Card()
         self._channel, self._identity, self._tls = channel, identity, tls
         self._stub = BackboneStub(channel)
-        self._on_row, self._on_retry, self._policy = on_row, on_retry, policy
+        self._on_row, self._on_retry, self._policy = on_row, on_retry, policy or RetryPolicy()
         self._store = BlobStore(cache_folder(), self._fetch, on_download)
         self._steppers: list[Stepper] = []
         self._numbers = itertools.count()
@@ -273,7 +273,9 @@ class Cloud:
             reply = self._stub.Handshake(handshake.request, timeout=_CALL_S)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
-        return GrpcChannel(self._channel, handshake.finish(reply), tls=self._tls)
+        return GrpcChannel(
+            self._channel, handshake.finish(reply), tls=self._tls, silence_s=self._policy.longest_silence_s
+        )
 
     def _fetch(self, sha256: str, offset: int) -> Iterator[bytes]:
         started_s, moved = time.perf_counter(), 0

@@ -219,7 +219,7 @@ def _describe(card: backbone_pb2.Card) -> str:
     policy = card.cut_policy
     return (
         f"{card.model} ({card.dtype}, {card.num_blocks} blocks of width {card.hidden_size}), "
-        f"fingerprint {card.fingerprint[:12]}; bottom {policy.min_bottom} to {policy.max_bottom} blocks, "
+        f"fingerprint {card.fingerprint}; bottom {policy.min_bottom} to {policy.max_bottom} blocks, "
         f"top {policy.min_top} to {policy.max_top}; codecs {' '.join(card.codecs)}; "
         f"at most {card.limits.max_tokens_per_step} tokens per step"
     )

@@ -64,6 +64,7 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
             section.cloud,
             identity=section.identity,
             insecure=section.insecure,
+            fingerprint=section.fingerprint,
             name=recipe.output.name,
             run=run,
             on_row=rows.add,

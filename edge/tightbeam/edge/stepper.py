@@ -38,6 +38,7 @@ class RetryPolicy:
     give_up_after_s: float = 120.0
     first_wait_s: float = 0.25
     longest_wait_s: float = 10.0
+    longest_silence_s: float = 600.0  # of a cloud that is there but does not answer a step
     max_integrity_failures: int = 3  # a wire that keeps altering records is not a transient fault
 
 
@@ -118,7 +119,12 @@ class Stepper:
                 left_s = self._policy.give_up_after_s - (time.monotonic() - started_s)
                 if not retry or left_s <= 0:
                     raise
-                self._on_retry(f"{error.message} Retrying step {job.step} for up to {left_s:.0f} s more.")
+                limit = f"for up to {left_s:.0f} s more"
+                if altered:
+                    limit += (
+                        f"; altered {num_integrity} of at most {self._policy.max_integrity_failures} times"
+                    )
+                self._on_retry(f"{error.message} Retrying step {job.step} {limit}.")
             time.sleep(min(wait_s, max(left_s, 0.0)))
             wait_s = min(2 * wait_s, self._policy.longest_wait_s)
 
