@@ -55,7 +55,7 @@ def test_children_end_with_the_context(tmp_path: Path) -> None:
     assert child.process.poll() is not None
 
 
-def test_a_failure_of_the_parent_stops_them_too(tmp_path: Path) -> None:
+def test_a_failure_of_the_parent_stops_them_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     children = Children(tmp_path)
 
     def fail() -> None:
@@ -66,6 +66,7 @@ def test_a_failure_of_the_parent_stops_them_too(tmp_path: Path) -> None:
     with pytest.raises(KeyError):
         fail()
     assert children.started[0].process.poll() is not None
+    assert str(tmp_path) in capsys.readouterr().err
 
 
 def test_one_that_ignores_the_request_is_killed(tmp_path: Path) -> None:

@@ -167,7 +167,9 @@ def _convert(gguf: Path, target: Path) -> None:
     """Write the dequantised weights as an ordinary checkpoint, which has no trace of the 4-bit file."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     source, name = str(gguf.parent), gguf.name
     quantized = AutoModelForCausalLM.from_pretrained(source, gguf_file=name, dtype=torch.float32)
     config = quantized.config

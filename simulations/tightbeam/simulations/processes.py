@@ -64,7 +64,7 @@ class Child:
 
 @dataclass
 class Children:
-    """Context that starts processes and stops all of them on its way out."""
+    """Context that starts processes, stops all on its way out, and names the logs after a failure."""
 
     logs: Path
     grace_s: float = 10.0
@@ -118,6 +118,8 @@ class Children:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+        if error is not None:
+            print(f"stopped every process; their logs are in {self.logs}", file=sys.stderr)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
