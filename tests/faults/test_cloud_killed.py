@@ -51,7 +51,7 @@ def test_between_forward_and_backward(cloud: Cloud) -> None:
 @pytest.mark.parametrize("way", ["up", "down"])
 @pytest.mark.parametrize("number", [0, 1, 2, 3])
 def test_during_a_step(cloud: Cloud, way: Way, number: int) -> None:
-    """Killed when record `number` passes by: before, within and after the forward or backward it belongs to."""
+    """Killed when record `number` passes by: before, within and after a forward or backward."""
     expected, calm = undisturbed(cloud)
     killed = threading.Event()
 
@@ -62,7 +62,12 @@ def test_during_a_step(cloud: Cloud, way: Way, number: int) -> None:
 
     with Mitm(cloud.address) as mitm, split_run(mitm.address) as run:
         mitm.on_record = kill_once
-        reviver = threading.Thread(target=lambda: killed.wait(30) and cloud.start())
+
+        def revive() -> None:
+            killed.wait(30)
+            cloud.start()
+
+        reviver = threading.Thread(target=revive)
         reviver.start()
         assert same(run.gradients(), expected)
         reviver.join()

@@ -1,4 +1,4 @@
-"""`tightbeam train` dies by SIGKILL and goes on with --resume over the real wire: the adapter's bits are equal."""
+"""`tightbeam train` dies by SIGKILL and goes on with --resume over the real wire: equal bits."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,8 @@ output: {{dir: {folder}, name: run, report: false}}
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(folder / "run" / "adapter" / "adapter_model.safetensors")
+    return tensors
 
 
 def test_killed_three_times_and_resumed(cloud: Cloud, tmp_path: Path) -> None:

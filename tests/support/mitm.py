@@ -6,6 +6,7 @@ message is one sealed record; a `Fault` says what happens to which.
 
 import itertools
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Mitm(grpc.GenericRpcHandler):
     def __init__(self, target: str) -> None:
         self.faults: list[Fault] = []
         self.streams = 0
+        self.calls: Counter[str] = Counter()  # by method
         self.records: list[tuple[Way, int]] = []  # (way, bytes) of all Steps records that came by
         self.on_record: Callable[[Way, int], None] = lambda way, number: None
         self._lock = threading.Lock()
@@ -80,6 +82,7 @@ class Mitm(grpc.GenericRpcHandler):
         self, method: str, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
         mine = [(key, value) for key, value in context.invocation_metadata() if key.startswith("tightbeam")]
+        self.calls[method.rpartition("/")[2]] += 1
         faults: list[Fault] = []
         watched = method.endswith("/Steps")
         if watched:

@@ -28,6 +28,10 @@ def serve(
         typer.Option(help="Held graphs, bytes; above it steps recompute. A quarter of free memory."),
     ] = None,
     max_tokens_per_step: Annotated[int, typer.Option(help="Larger steps are refused.")] = 65536,
+    in_flight_bytes: Annotated[
+        int | None,
+        typer.Option(help="Steps on their way, bytes; above it edges wait. A quarter of free memory."),
+    ] = None,
     ledger: Annotated[Path, typer.Option(help="SQLite file of who used what.")] = Path("ledger.db"),
     prices: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML with what the cloud asks.")
@@ -58,6 +62,7 @@ def serve(
         retention_bytes=retention_bytes,
         ledger=ledger,
         max_tokens_per_step=max_tokens_per_step,
+        in_flight_bytes=in_flight_bytes,
         prices=Prices.load(prices) if prices else Prices(),
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")

@@ -43,7 +43,7 @@ _CALL_S = 30.0  # deadline of unary calls
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", CHUNK_BYTES + 65536),
     ("grpc.enable_retries", 0),  # a step is sent again by the stepper, sealed afresh
-    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_time_ms", 15_000),
     ("grpc.http2.ping_timeout_ms", 10_000),  # keepalive_timeout does not detect a hung peer
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 250),
