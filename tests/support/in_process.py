@@ -92,6 +92,7 @@ class InProcessCloud:
             max_tokens_per_step=max_tokens_per_step,
             prices=Prices(),
         )
+        self.address = ""  # of `listen`
         self._server: grpc.aio.Server | None = None
         self._steppers: list[Stepper] = []
 
@@ -134,7 +135,8 @@ class InProcessCloud:
             await self._server.start()
             return port
 
-        return f"127.0.0.1:{self.run(start())}"
+        self.address = f"127.0.0.1:{self.run(start())}"
+        return self.address
 
     @property
     def card(self) -> pb.Card:

@@ -1,0 +1,94 @@
+"""What all tests share: one torch thread, a weight cache that is thrown away, and clouds that start once.
+
+Nothing heavy is imported here: the tests of the command line must stay quick.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tightbeam.simulations.demo_inputs import cache_folder
+
+if TYPE_CHECKING:
+    from support.in_process import InProcessCloud
+
+# One thread gives the same sums in the same order every time, and two test processes do not fight for cores.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+_SMOLLM2 = cache_folder() / "smollm2-135m-instruct"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of the real model are collected only where `make demo` has converted it already."""
+    if not _SMOLLM2.is_dir():
+        without = [item for item in items if item.get_closest_marker("smollm2")]
+        items[:] = [item for item in items if item not in without]
+        config.hook.pytest_deselected(items=without)
+
+
+def pytest_collection_finish() -> None:
+    """Every test module is imported by now."""
+    if "torch" in sys.modules:
+        import torch
+
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """The converted SmolLM2-135M-Instruct."""
+    return _SMOLLM2
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No test writes into the user's cache; slow ones read the demo's model from it."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setenv("TIGHTBEAM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The saved tiny model of a family."""
+    from support.tiny import tiny_model
+
+    base, saved = tmp_path_factory.mktemp("models"), set[str]()
+
+    def folder(family: str) -> Path:
+        if family not in saved:
+            tiny_model(family).save_pretrained(base / family)
+            saved.add(family)
+        return base / family
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_cloud(
+    tiny_folder: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], "InProcessCloud"]]:
+    """The cloud of a family, started once; it listens at `cloud.address`."""
+    from support.in_process import InProcessCloud
+
+    clouds: dict[str, InProcessCloud] = {}
+
+    def cloud(family: str) -> InProcessCloud:
+        if family not in clouds:
+            clouds[family] = InProcessCloud(tiny_folder(family), tmp_path_factory.mktemp(f"cloud-{family}"))
+            clouds[family].listen()
+        return clouds[family]
+
+    yield cloud
+    for started in clouds.values():
+        started.close()
