@@ -20,7 +20,14 @@ from tightbeam.common.errors import CloudUnavailableError, ProtocolError, StepTo
 from tightbeam.common.wire.codecs import codec
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.messages import Message, encode_tensor, sealed_sizes
-from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, KINDS, content_sha256, header_segments
+from tightbeam.common.wire.stepping import (
+    GRADIENT,
+    HIDDEN,
+    KINDS,
+    content_sha256,
+    header_segments,
+    rounding_seed,
+)
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = ["StepRunner", "receipt"]
@@ -123,7 +130,8 @@ class StepRunner:
             inputs_ND = await self._in_pool(message.tensor, HIDDEN) if message.has(HIDDEN) else None
             done = await self._engine.backward(key, grad_ND, inputs_ND, segments, span)
             name = GRADIENT
-        spec, payload = await self._in_pool(encode_tensor, name, done.tensor_ND, header.reply_codec)
+        seed = rounding_seed(session.run, header.step)
+        spec, payload = await self._in_pool(encode_tensor, name, done.tensor_ND, header.reply_codec, seed)
         reply = pb.StepReply(
             step=header.step, kind=header.kind, tensors=[spec],
             queue_s=done.queue_s, compute_s=done.compute_s, flops=done.flops,

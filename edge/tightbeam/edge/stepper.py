@@ -8,6 +8,7 @@ are raised at once.
 import itertools
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -24,11 +25,11 @@ from tightbeam.common.errors import (
     error_from_code,
 )
 from tightbeam.common.wire.messages import encode_tensor
-from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, KINDS
+from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, KINDS, rounding_seed
 from tightbeam.edge.channel import Channel, Exchange
 from tightbeam.proto.backbone_pb2 import BACKWARD, FORWARD, StepKind, StepReply, StepRequest, TensorSpec
 
-__all__ = ["RetryPolicy", "Stepper"]
+__all__ = ["Answer", "Flight", "RetryPolicy", "Stepper"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +72,19 @@ class Stepper:
 
         Raises `StepTooLargeError`, `NonFiniteError`, and `CloudUnavailableError` after the retry limit.
         """
+        job = self._forward_job(hidden_ND, segments, keep)
+        return self._finish(job, HIDDEN), job.step
+
+    def submit(self, hidden_ND: Tensor, segments: Segments) -> "Flight":
+        """Send a forward that no backward will follow and do not wait for it; see `collect`."""
+        return self._start(self._forward_job(hidden_ND, segments, keep=False))
+
+    def collect(self, flight: "Flight") -> "Answer":
+        """Wait for a submitted forward; a lost one is sent again. Raises what `forward` raises."""
+        exchange = self._exchange(flight.job, flight)
+        return Answer(self._result(flight.job, exchange, HIDDEN), *_coded(exchange))
+
+    def _forward_job(self, hidden_ND: Tensor, segments: Segments, keep: bool) -> "_Job":
         if segments.num_tokens > self._max_tokens:
             raise StepTooLargeError(
                 f"A batch of {segments.num_tokens} tokens is over the cloud's limit of {self._max_tokens}.",
@@ -78,14 +92,14 @@ class Stepper:
             )
         step = next(self._numbers)
         codecs = self.codecs
-        job = _Job(FORWARD, step, segments, keep, codecs.activations_down)
+        job = _Job(FORWARD, step, segments, keep, codecs.activations_down, rounding_seed(self.run, step))
         job.add(HIDDEN, _finite(hidden_ND, "activations"), codecs.activations_up)
-        return self._finish(job, HIDDEN), step
+        return job
 
     def backward(self, step: int, grad_ND: Tensor, hidden_ND: Tensor, segments: Segments) -> Tensor:
         """The gradient of the trunk's input, `[N, D]` on the CPU; `hidden_ND` is the forward's input."""
         codecs = self.codecs
-        job = _Job(BACKWARD, step, segments, False, codecs.gradients_down)
+        job = _Job(BACKWARD, step, segments, False, codecs.gradients_down, rounding_seed(self.run, step))
         job.add(GRADIENT, _finite(grad_ND, "gradients"), codecs.gradients_up)
         try:
             return self._finish(job, GRADIENT)
@@ -100,18 +114,20 @@ class Stepper:
             self._channel = None
 
     def _finish(self, job: "_Job", result: str) -> Tensor:
-        exchange = self._exchange(job)
+        return self._result(job, self._exchange(job), result)
+
+    def _result(self, job: "_Job", exchange: Exchange, result: str) -> Tensor:
         started_s = time.perf_counter()
         tensor_ND = exchange.reply.tensor(result)
         job.codec_s += time.perf_counter() - started_s
         self._on_row(job.row(self.run, exchange))
         return tensor_ND
 
-    def _exchange(self, job: "_Job") -> Exchange:
+    def _exchange(self, job: "_Job", flight: "Flight | None" = None) -> Exchange:
         started_s, wait_s, num_integrity = time.monotonic(), self._policy.first_wait_s, 0
         while True:
             try:
-                return self._attempt(job)
+                return self._attempt(flight or self._start(job))
             except TightbeamError as error:
                 altered = isinstance(error, IntegrityError)
                 num_integrity += altered
@@ -125,33 +141,72 @@ class Stepper:
                         f"; altered {num_integrity} of at most {self._policy.max_integrity_failures} times"
                     )
                 self._on_retry(f"{error.message} Retrying step {job.step} {limit}.")
+            flight = None
             time.sleep(min(wait_s, max(left_s, 0.0)))
             wait_s = min(2 * wait_s, self._policy.longest_wait_s)
 
-    def _attempt(self, job: "_Job") -> Exchange:
+    def _start(self, job: "_Job") -> "Flight":
         job.attempts += 1
         try:
             if self._channel is None:
                 self._channel = self._open_channel()
-            exchange = self._channel.submit(job.header, job.payloads).result()
+            return Flight(job, self._channel, self._channel.submit(job.header, job.payloads))
+        except TightbeamError as error:
+            failed: Future[Exchange] = Future()
+            failed.set_exception(error)
+            return Flight(job, self._channel, failed)
+
+    def _attempt(self, flight: "Flight") -> Exchange:
+        try:
+            exchange = flight.future.result()
         except TightbeamError:
-            self.close()
+            if flight.channel is self._channel:  # else another flight has opened a new one already
+                self.close()
             raise
         reply: StepReply = exchange.reply.header
         if reply.HasField("failure"):
-            job.resent_bytes += exchange.moved.wire_total_bytes
+            flight.job.resent_bytes += exchange.moved.wire_total_bytes
             raise error_from_code(reply.failure.code, reply.failure.message, reply.failure.cure)
         return exchange
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A submitted step on its way."""
+
+    job: "_Job"
+    channel: Channel | None
+    future: Future[Exchange]
+
+    @property
+    def landed(self) -> bool:
+        """Whether `collect` will not have to wait, short of a failure."""
+        return self.future.done()
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A forward's result, decoded and as it crossed the wire."""
+
+    hidden_ND: Tensor  # on the CPU
+    codec: str
+    payload: Tensor  # uint8
+
+
+def _coded(exchange: Exchange) -> tuple[str, Tensor]:
+    reply = exchange.reply
+    place = next(i for i, spec in enumerate(reply.header.tensors) if spec.name == HIDDEN)
+    return reply.header.tensors[place].codec, reply.payloads[place]
 
 
 class _Job:
     """One step of one kind until it is answered."""
 
     def __init__(
-        self, kind: StepKind.ValueType, step: int, segments: Segments, keep: bool, reply_codec: str
+        self, kind: StepKind.ValueType, step: int, segments: Segments, keep: bool, reply_codec: str, seed: int
     ) -> None:
         starts, counts = segments.runs()
-        self.kind, self.step, self.segments = kind, step, segments
+        self.kind, self.step, self.segments, self.seed = kind, step, segments, seed
         self.header = StepRequest(
             step=step,
             kind=kind,
@@ -170,7 +225,7 @@ class _Job:
         """Code one tensor into the request."""
         started_s = time.perf_counter()
         spec: TensorSpec
-        spec, payload = encode_tensor(name, tensor_ND, codec)
+        spec, payload = encode_tensor(name, tensor_ND, codec, self.seed)
         self.header.tensors.append(spec)
         self.payloads.append(payload)
         self.codec_s += time.perf_counter() - started_s

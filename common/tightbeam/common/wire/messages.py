@@ -39,10 +39,10 @@ _MAX_RANK = 4
 Header = TypeVar("Header", StepRequest, StepReply)
 
 
-def encode_tensor(name: str, tensor: Tensor, codec_name: str) -> tuple[TensorSpec, Tensor]:
-    """A tensor's spec for the header, and its payload (uint8, CPU)."""
+def encode_tensor(name: str, tensor: Tensor, codec_name: str, seed: int = 0) -> tuple[TensorSpec, Tensor]:
+    """A tensor's spec for the header, and its payload (uint8, CPU); `seed` is for stochastic rounding."""
     spec = TensorSpec(name=name, codec=codec_name, shape=tensor.shape, dtype=_NAMES[tensor.dtype])
-    return spec, codec(codec_name).encode(tensor)
+    return spec, codec(codec_name).encode(tensor, seed=seed)
 
 
 def decode_tensor(spec: TensorSpec, payload: Tensor) -> Tensor:

@@ -9,7 +9,16 @@ from tightbeam.common.backbone.packing import Segments
 from tightbeam.common.errors import ProtocolError
 from tightbeam.proto.backbone_pb2 import BACKWARD, FORWARD, StepKind, StepRequest
 
-__all__ = ["GRADIENT", "HIDDEN", "KINDS", "SESSION_KEY", "TENANT_KEY", "content_sha256", "header_segments"]
+__all__ = [
+    "GRADIENT",
+    "HIDDEN",
+    "KINDS",
+    "SESSION_KEY",
+    "TENANT_KEY",
+    "content_sha256",
+    "header_segments",
+    "rounding_seed",
+]
 
 HIDDEN = "hidden"
 GRADIENT = "grad_hidden"
@@ -35,3 +44,11 @@ def content_sha256(header: StepRequest, cut: str, payload: Tensor) -> bytes:
         digest.update(torch.tensor(list(numbers), dtype=torch.int64).numpy().tobytes() + b"|")
     digest.update(payload.numpy().data)
     return digest.digest()
+
+
+def rounding_seed(run: str, step: int) -> int:
+    """Seed of a step's stochastic rounding: a step that is sent or computed again gives the same bytes.
+
+    Runs differ, so that the noise of federated edges averages out.
+    """
+    return int.from_bytes(hashlib.sha256(f"{run} {step}".encode()).digest()[:7], "little")

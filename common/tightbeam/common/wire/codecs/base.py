@@ -1,5 +1,6 @@
 """What every codec is, and the checks that all of them share. N = tokens, D = hidden size."""
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from tightbeam.common.errors import CodecError, NonFiniteError
 
-__all__ = ["Codec", "as_bytes", "check_finite_input", "check_finite_output", "check_length", "noise_like"]
+__all__ = [
+    "Codec",
+    "as_bytes",
+    "check_finite_input",
+    "check_finite_output",
+    "check_length",
+    "count_bytes",
+    "noise_like",
+]
 
 assert sys.byteorder == "little", "payloads are little-endian"
 
@@ -20,6 +29,13 @@ class Codec(Protocol):
     @property
     def name(self) -> str:
         """Name in headers and recipes."""
+        ...
+
+    def planes(self, size: int) -> tuple[int, ...]:
+        """Bytes per token of each plane, D = `size`; a payload is its planes one after the other.
+
+        So a token's part of a payload can be cut out and put into another one.
+        """
         ...
 
     def num_bytes(self, shape: Sequence[int]) -> int:
@@ -41,6 +57,11 @@ class Codec(Protocol):
         `CodecError` when the length is wrong or the bytes are none that `encode` makes.
         """
         ...
+
+
+def count_bytes(which: Codec, shape: Sequence[int]) -> int:
+    """Bytes of all planes of all tokens."""
+    return math.prod(shape[:-1]) * sum(which.planes(shape[-1]))
 
 
 def as_bytes(tensor: Tensor) -> Tensor:

@@ -3,15 +3,18 @@
 Halves and eighths of a row are laid over each other, so packing is a few operations on whole slices.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-__all__ = ["num_packed_bytes", "pack", "unpack"]
+__all__ = ["pack", "packed_widths", "unpack"]
 
 
-def num_packed_bytes(size: int, bits: int) -> int:
-    """Bytes of one row of `size` codes."""
-    return _ceil_div(size, 2) + (_ceil_div(size, 8) if bits == 5 else 0)
+def packed_widths(size: int, bits: int) -> tuple[int, ...]:
+    """Bytes of a row of `size` codes in each plane."""
+    assert bits in (4, 5)
+    return (_ceil_div(size, 2),) if bits == 4 else (_ceil_div(size, 2), _ceil_div(size, 8))
 
 
 def pack(codes_ND: Tensor, bits: int) -> tuple[Tensor, ...]:
@@ -20,18 +23,17 @@ def pack(codes_ND: Tensor, bits: int) -> tuple[Tensor, ...]:
     With h = D/2 rounded up, byte j of a row holds the nibble of code j and, four bits higher, of code j + h.
     With e = D/8 rounded up, bit i of byte j is the fifth bit of code j + i * e. Missing codes are zero.
     """
-    assert bits in (4, 5)
     nibbles = _overlay(codes_ND & 15, 2)
     return (nibbles,) if bits == 4 else (nibbles, _overlay(codes_ND >> 4, 8))
 
 
-def unpack(packed: Tensor, num_rows: int, size: int, bits: int) -> Tensor:
-    """Inverse of `pack`: codes `[N, D]`, uint8, from the planes one after the other."""
-    num_nibble_bytes = num_rows * _ceil_div(size, 2)
-    codes_ND = _spread(packed[:num_nibble_bytes].view(num_rows, -1), 2)[:, :size]
-    if bits == 5:
-        codes_ND = codes_ND | _spread(packed[num_nibble_bytes:].view(num_rows, -1), 8)[:, :size] << 4
-    return codes_ND
+def unpack(planes: Sequence[Tensor], num_rows: int, size: int) -> Tensor:
+    """Inverse of `pack`: codes `[N, D]`, uint8."""
+    codes_ND, *high = (
+        _spread(plane.view(num_rows, -1), per_byte)[:, :size]
+        for plane, per_byte in zip(planes, (2, 8), strict=False)
+    )
+    return codes_ND | high[0] << 4 if high else codes_ND
 
 
 def _overlay(codes_ND: Tensor, per_byte: int) -> Tensor:

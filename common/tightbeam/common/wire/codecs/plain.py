@@ -16,6 +16,7 @@ from tightbeam.common.wire.codecs.base import (
     check_finite_input,
     check_finite_output,
     check_length,
+    count_bytes,
     noise_like,
 )
 
@@ -31,9 +32,13 @@ class Float:
     name: str
     dtype: torch.dtype
 
+    def planes(self, size: int) -> tuple[int, ...]:
+        """The values."""
+        return (size * self.dtype.itemsize,)
+
     def num_bytes(self, shape: Sequence[int]) -> int:
-        """Bytes per value, times the values."""
-        return math.prod(shape) * self.dtype.itemsize
+        """Length of the payload."""
+        return count_bytes(self, shape)
 
     def encode(self, tensor_ND: Tensor, *, seed: int = 0) -> Tensor:
         """The values, row by row."""
@@ -58,9 +63,13 @@ class Int8:
     name: str
     stochastic: bool = False
 
+    def planes(self, size: int) -> tuple[int, ...]:
+        """A scale and the codes."""
+        return 4, size
+
     def num_bytes(self, shape: Sequence[int]) -> int:
-        """Four bytes per token and one per value."""
-        return math.prod(shape[:-1]) * 4 + math.prod(shape)
+        """Length of the payload."""
+        return count_bytes(self, shape)
 
     def encode(self, tensor_ND: Tensor, *, seed: int = 0) -> Tensor:
         """Scales and codes; `NonFiniteError` for NaN or Inf."""

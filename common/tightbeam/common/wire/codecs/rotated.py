@@ -24,9 +24,10 @@ from tightbeam.common.wire.codecs.base import (
     check_finite_input,
     check_finite_output,
     check_length,
+    count_bytes,
     noise_like,
 )
-from tightbeam.common.wire.codecs.packing import num_packed_bytes, pack, unpack
+from tightbeam.common.wire.codecs.packing import pack, packed_widths, unpack
 
 __all__ = ["BLOCK", "CHANNELS_PER_OUTLIER", "LIMIT", "Rotated", "hadamard", "signs"]
 
@@ -49,20 +50,23 @@ class Rotated:
     bits: int
     stochastic: bool = False
 
-    def num_bytes(self, shape: Sequence[int]) -> int:
-        """Scales, outliers and packed codes."""
-        size = shape[-1]
+    def planes(self, size: int) -> tuple[int, ...]:
+        """Scales, places and values of the outliers, then the planes of `pack`."""
         if size > _MAX_CHANNELS:
             raise CodecError(f"{self.name} codes up to {_MAX_CHANNELS} channels, not {size}.")
-        per_token = 2 * _num_groups(size) + 4 * _num_outliers(size) + num_packed_bytes(size, self.bits)
-        return math.prod(shape[:-1]) * per_token
+        num_outliers = size // CHANNELS_PER_OUTLIER
+        return 2 * _num_groups(size), 2 * num_outliers, 2 * num_outliers, *packed_widths(size, self.bits)
+
+    def num_bytes(self, shape: Sequence[int]) -> int:
+        """Length of the payload."""
+        return count_bytes(self, shape)
 
     def encode(self, tensor_ND: Tensor, *, seed: int = 0) -> Tensor:
         """Scales, places and values of the outliers, codes; `NonFiniteError` for what is not finite."""
         size = tensor_ND.shape[-1]
         values_ND = tensor_ND.detach().float().reshape(-1, size)
         check_finite_input(self, values_ND, LIMIT)
-        place_NK = values_ND.abs().topk(_num_outliers(size), sorted=False).indices
+        place_NK = values_ND.abs().topk(size // CHANNELS_PER_OUTLIER, sorted=False).indices
         outlier_NK = values_ND.gather(1, place_NK)
         stored_NK = outlier_NK.to(torch.bfloat16)
         # what bf16 leaves of an outlier is coded with the rest
@@ -81,17 +85,15 @@ class Rotated:
         check_length(self, payload, shape)
         payload = payload.to(device)
         size, num_tokens = shape[-1], math.prod(shape[:-1])
-        num_scales, num_outliers = num_tokens * _num_groups(size), num_tokens * _num_outliers(size)
-        sizes = [2 * num_scales, 2 * num_outliers, 2 * num_outliers]
-        scale_bytes, places, outliers, packed = payload.split([*sizes, len(payload) - sum(sizes)])
-        scale_NG = scale_bytes.view(torch.bfloat16).view(num_tokens, -1).float()
-        outlier_NK = outliers.view(torch.bfloat16).view(num_tokens, _num_outliers(size)).float()
-        place_NK = places.view(torch.int16).view(num_tokens, _num_outliers(size)).long() & 0xFFFF
+        planes = payload.split([num_tokens * width for width in self.planes(size)])
+        scale_NG = planes[0].view(torch.bfloat16).view(num_tokens, -1).float()
+        place_NK = planes[1].view(torch.int16).view(num_tokens, size // CHANNELS_PER_OUTLIER).long() & 0xFFFF
+        outlier_NK = planes[2].view(torch.bfloat16).view_as(place_NK).float()
         check_finite_output(self, scale_NG, _LARGEST_SCALE)
         check_finite_output(self, outlier_NK, 2 * LIMIT)
         if bool((place_NK >= size).any()):
             raise CodecError(f"A {self.name} payload names channels beyond {size}.")
-        rest_ND = unpack(packed, num_tokens, size, self.bits).float().sub_(self._middle)
+        rest_ND = unpack(planes[3:], num_tokens, size).float().sub_(self._middle)
         scales = scale_NG.split([count for count, _ in _blocks(size)], 1)
         pieces = [
             hadamard(codes_MB * scale_NC.reshape(-1, 1))
@@ -161,10 +163,6 @@ def _blocks(size: int) -> tuple[tuple[int, int], ...]:
 
 def _num_groups(size: int) -> int:
     return sum(count for count, _ in _blocks(size))
-
-
-def _num_outliers(size: int) -> int:
-    return size // CHANNELS_PER_OUTLIER
 
 
 def _split(values_ND: Tensor) -> list[Tensor]:
