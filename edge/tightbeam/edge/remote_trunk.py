@@ -7,7 +7,7 @@ B = batch, T = padded length, N = real tokens, D = hidden size.
 """
 
 import inspect
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from tightbeam.common.backbone import Anatomy, Packer, Segments
 from tightbeam.common.errors import UsageError
 from tightbeam.edge.stepper import Stepper
 
-__all__ = ["PassThrough", "RemoteTrunk"]
+__all__ = ["PassThrough", "RemoteTrunk", "Shortcut"]
+
+
+class Shortcut(Protocol):
+    """Answers for a trunk whose input never changes, from what the cloud said before."""
+
+    def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
+        """Hidden states after the trunk, `[N, D]` on the CPU; not differentiable."""
+        ...
 
 
 class RemoteTrunk(nn.Module):
@@ -27,6 +35,7 @@ class RemoteTrunk(nn.Module):
         super().__init__()
         self.stepper = stepper
         self.attention_type = attention_type  # some models ask their blocks for it
+        self.shortcut: Shortcut | None = None
         self._mask_BT: Tensor | None = None
 
     def watch(self, anatomy: Anatomy) -> None:
@@ -38,8 +47,16 @@ class RemoteTrunk(nn.Module):
         """Hidden states after the trunk, `[B, T, D]`; zeros at padding."""
         batch, length = hidden_BTD.shape[:2]
         packer = Packer((batch, length), self._mask_BT, kwargs["position_ids"])
-        out_ND = _through_cloud(packer.pack(hidden_BTD), self.stepper, packer.segments)
-        return packer.unpack(out_ND)
+        hidden_ND = packer.pack(hidden_BTD)
+        if self.shortcut is None:
+            return packer.unpack(_through_cloud(hidden_ND, self.stepper, packer.segments))
+        if torch.is_grad_enabled() and hidden_ND.requires_grad:
+            raise UsageError(
+                "Something below the cut is trained, so the trunk cannot answer from a cache.",
+                cure="Freeze the bottom, its embeddings and adapters included, or use mode ushape.",
+            )
+        out_ND = self.shortcut.answer(hidden_ND, packer.segments)
+        return packer.unpack(out_ND.to(hidden_ND.device, hidden_ND.dtype))
 
     def _note_mask(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments

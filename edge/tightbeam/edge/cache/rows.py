@@ -1,7 +1,8 @@
-"""Cut a coded reply into its samples without decoding it, so that the cache holds what crossed the wire.
+"""One sample's entry: its rows of a reply, as they crossed the wire where that is the smaller form.
 
-A payload of N rows consists of planes, each with a fixed number of bytes per token: int8 has a plane of
-scales and one of codes. A codec whose layout is not known here is stored decoded.
+An entry is one byte for the dtype that the cloud answered in, and the coded rows. A payload of N rows has
+planes, each with a fixed number of bytes per token: int8 has one of scales and one of codes. So a reply
+can be cut into samples without decoding it. A codec whose layout is not known here is stored decoded.
 
 N = tokens, D = hidden size.
 """
@@ -11,41 +12,49 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from tightbeam.common.errors import CodecError
 from tightbeam.common.wire.codecs import codec, lossless
 
-__all__ = ["cut_rows", "decode_rows", "encode_rows", "storage_codec"]
+__all__ = ["pack_entry", "storage_codec", "unpack_entry"]
 
 _PLANES: dict[str, Callable[[int], tuple[int, ...]]] = {
     "fp32": lambda d: (4 * d,),
     "bf16": lambda d: (2 * d,),
     "int8": lambda d: (4, d),
+    "int8s": lambda d: (4, d),
 }
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def storage_codec(wire_codec: str, dtype: torch.dtype, hidden_size: int) -> str:
-    """The smaller of what crossed the wire and what loses nothing in `dtype`."""
+def storage_codec(wire_codec: str, dtype: torch.dtype, width: int) -> str:
+    """The smaller of what crossed the wire and what loses nothing in the reply's dtype."""
     plain = lossless(dtype)
     candidates = [wire_codec, plain] if wire_codec in _PLANES else [plain]
-    return min(candidates, key=lambda name: codec(name).num_bytes((1, hidden_size)))
+    return min(candidates, key=lambda name: codec(name).num_bytes((1, width)))
 
 
-def cut_rows(name: str, payload: Tensor, shape_ND: tuple[int, int], start: int, stop: int) -> Tensor:
-    """The payload of rows `start` to `stop` of a payload of N rows; uint8."""
-    tokens, width = shape_ND
+def pack_entry(wire_codec: str, payload: Tensor, reply_ND: Tensor, start: int, stop: int) -> bytes:
+    """The entry of rows `start` to `stop` of a reply, given coded (uint8) and decoded."""
+    stored = storage_codec(wire_codec, reply_ND.dtype, reply_ND.shape[1])
+    if stored == wire_codec:
+        rows = _cut(stored, payload, reply_ND.shape[0], reply_ND.shape[1], start, stop)
+    else:
+        rows = codec(stored).encode(reply_ND[start:stop])
+    return bytes([_DTYPES.index(reply_ND.dtype)]) + rows.numpy().tobytes()
+
+
+def unpack_entry(wire_codec: str, entry: bytes, num_tokens: int, width: int) -> Tensor:
+    """The rows `[num_tokens, D]` in the dtype of the reply; `CodecError` when the entry does not fit."""
+    if not entry or entry[0] >= len(_DTYPES):
+        raise CodecError("A cache entry is malformed.")
+    dtype = _DTYPES[entry[0]]
+    rows = torch.frombuffer(bytearray(entry[1:]), dtype=torch.uint8)
+    return codec(storage_codec(wire_codec, dtype, width)).decode(rows, (num_tokens, width), dtype)
+
+
+def _cut(name: str, payload: Tensor, tokens: int, width: int, start: int, stop: int) -> Tensor:
     pieces, offset = [], 0
     for num_bytes in _PLANES[name](width):
         pieces.append(payload[offset + start * num_bytes : offset + stop * num_bytes])
         offset += tokens * num_bytes
     return torch.cat(pieces)
-
-
-def encode_rows(name: str, hidden_ND: Tensor) -> Tensor:
-    """Code rows that were decoded from another codec."""
-    return codec(name).encode(hidden_ND)
-
-
-def decode_rows(name: str, payload: bytes, num_tokens: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The rows of one sample, `[num_tokens, D]`; `CodecError` when the payload does not fit."""
-    return codec(name).decode(
-        torch.frombuffer(bytearray(payload), dtype=torch.uint8), (num_tokens, width), dtype
-    )

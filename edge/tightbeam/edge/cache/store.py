@@ -66,7 +66,7 @@ class ActivationCache:
             raise write_failed(self.folder, error) from error
         self._full = self._disk_failed = False
         self._shards: list[Shard] = []
-        self._where: dict[str, Shard] = {}
+        self._where: dict[str, list[Shard]] = {}
         try:
             self._keys = open_keys(self.folder, secret, create=True)
             self._open = OpenShard(self._keys, scope)
@@ -104,15 +104,13 @@ class ActivationCache:
         name = self._keys.name(self.scope, digest)
         if name in self._open:
             return self._open.read(name)
-        shard = self._where.get(name)
-        if shard is None:
-            return None
-        try:
-            return shard.read(name)
-        except IntegrityError as error:
-            del self._where[name]
-            self._warn(f"{error.message} Its sample is fetched again.")
-            return None
+        while (shards := self._where.get(name)) is not None:
+            try:
+                return shards[-1].read(name)
+            except IntegrityError as error:
+                self._forget(name)
+                self._warn(f"{error.message} Its sample is fetched again.")
+        return None
 
     def put(self, digest: bytes, payload: bytes | memoryview) -> bool:
         """Keep a sample's payload; False when the cache is full. One that is held already stays as it is."""
@@ -165,8 +163,14 @@ class ActivationCache:
             shard.close()
             return size
         self._shards.append(shard)
-        self._where.update(dict.fromkeys(shard, shard))
+        for name in shard:
+            self._where.setdefault(name, []).append(shard)  # one that was damaged may have been fetched again
         return size
+
+    def _forget(self, name: str) -> None:
+        self._where[name].pop()
+        if not self._where[name]:
+            del self._where[name]
 
     def _stop(self, why: str) -> None:
         if not self._full:

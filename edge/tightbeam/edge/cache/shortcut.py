@@ -1,0 +1,225 @@
+"""A frozen bottom and trunk answer from the cache, and the bottom is left out when nothing is missing.
+
+Nothing trainable lies at or below the cut, so a sample's activation after the trunk is the same in every
+epoch. `TrunkShortcut` hooks the module that iterates over the blocks: before each forward it looks up every
+sample. If all are held, the bottom blocks are passed through and the trunk's answer is read; otherwise the
+bottom runs and the missing samples alone go to the cloud. A stock `Trainer` or `generate()` works through it
+unchanged.
+
+A forward in training mode keeps what it fetched; one in evaluation mode only reads, so that the prefixes that
+`generate()` makes do not fill the cache. B = batch, T = padded length, N = tokens, D = hidden size.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from tightbeam.common.backbone import Packer, Segments, dissect
+from tightbeam.common.errors import UsageError
+from tightbeam.edge.cache.keys import Scope, sample_digest
+from tightbeam.edge.cache.rows import pack_entry, unpack_entry
+from tightbeam.edge.cache.store import ActivationCache
+from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
+from tightbeam.edge.stepper import Answer
+
+__all__ = ["FrozenParts", "TrunkShortcut", "passed_through"]
+
+
+@dataclass(frozen=True, slots=True)
+class FrozenParts:
+    """Where a split model has its trunk, and what lies below."""
+
+    owner: nn.Module  # iterates over the blocks
+    blocks: nn.ModuleList
+    trunk: RemoteTrunk
+    bottom: range
+    top: range
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "FrozenParts":
+        """Raises `UsageError` for a model that is not split."""
+        anatomy = dissect(model)
+        places = [i for i, block in enumerate(anatomy.blocks) if isinstance(block, RemoteTrunk)]
+        if not places:
+            raise UsageError(
+                "This model has no trunk in a cloud.", cure="Take the one that load_model() gave."
+            )
+        trunk = anatomy.blocks[places[0]]
+        assert isinstance(trunk, RemoteTrunk)
+        last = max(
+            i for i, block in enumerate(anatomy.blocks) if isinstance(block, RemoteTrunk | PassThrough)
+        )
+        top = range(last + 1, len(anatomy.blocks))
+        return cls(anatomy.trunk_owner, anatomy.blocks, trunk, range(places[0]), top)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the edge's blocks are."""
+        return next(p.device for p in self.owner.parameters() if not p.is_meta)
+
+    def scope(self, fingerprint: str, cut: str, bottom_sha256: str, dtype: torch.dtype, width: int) -> Scope:
+        """The cache's scope for this model."""
+        codecs = self.trunk.stepper.codecs
+        return Scope(
+            fingerprint=fingerprint,
+            cut=cut,
+            bottom_sha256=bottom_sha256,
+            codec_up=codecs.activations_up,
+            codec_down=codecs.activations_down,
+            dtype=str(dtype).removeprefix("torch."),
+            hidden_size=width,
+        )
+
+
+@contextmanager
+def passed_through(blocks: nn.ModuleList, span: range) -> Iterator[None]:
+    """Leave blocks out of the forwards made inside; some models ask a block for its attention type."""
+    real = [blocks[i] for i in span]
+    for i, block in zip(span, real, strict=True):
+        blocks[i] = PassThrough(getattr(block, "attention_type", None))
+    try:
+        yield
+    finally:
+        for i, block in zip(span, real, strict=True):
+            blocks[i] = block
+
+
+@dataclass(slots=True)
+class _Lookup:
+    """One forward's samples and what the cache has of them."""
+
+    segments: Segments
+    digests: list[bytes]
+    held: list[Tensor | None]  # [n, D] each
+
+
+class TrunkShortcut:
+    """Stands behind a `RemoteTrunk` until `remove()`. Without a cache it fetches everything, every time."""
+
+    def __init__(
+        self, parts: FrozenParts, cache: ActivationCache | None, dtype: torch.dtype, width: int
+    ) -> None:
+        self.parts, self.cache = parts, cache
+        self._dtype, self._width = dtype, width
+        self._wire_codec = parts.trunk.stepper.codecs.activations_down
+        self._lookup: _Lookup | None = None
+        self._capture: list[tuple[Tensor, Segments]] | None = None
+        self._bypass: Any = None
+        self.forwards_without_bottom = 0
+        self._hooks = [
+            parts.owner.register_forward_pre_hook(self._before, with_kwargs=True),
+            parts.owner.register_forward_hook(self._after, always_call=True),
+        ]
+        parts.trunk.shortcut = self
+
+    def remove(self) -> None:
+        """Let the trunk go to the cloud again."""
+        for hook in self._hooks:
+            hook.remove()
+        self.parts.trunk.shortcut = None
+
+    def bottom(self, **inputs: Any) -> tuple[Tensor, Segments]:
+        """The trunk's input for `inputs`, `[N, D]`: embeddings and bottom blocks only."""
+        self._capture = []
+        try:
+            with torch.no_grad(), passed_through(self.parts.blocks, self.parts.top):
+                self.parts.owner(**inputs, use_cache=False)
+            (captured,) = self._capture
+            return captured
+        finally:
+            self._capture = None
+
+    def keep(self, answer: Answer, segments: Segments, digests: Sequence[bytes]) -> None:
+        """Put a reply into the cache, sample by sample."""
+        assert self.cache is not None
+        assert answer.codec == self._wire_codec
+        for digest, (start, stop) in zip(digests, segments.bounds, strict=True):
+            self.cache.put(digest, pack_entry(answer.codec, answer.payload, answer.hidden_ND, start, stop))
+
+    def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
+        """Hidden states after the trunk, `[N, D]` on the CPU."""
+        if self._capture is not None:
+            self._capture.append((hidden_ND, segments))
+            return hidden_ND.cpu()
+        lookup = self._lookup
+        if lookup is None:
+            return self.parts.trunk.stepper.forward(hidden_ND, segments, keep=False)[0]
+        # The key holds these positions: an activation of others must not pass for this sample's.
+        assert segments.lengths == lookup.segments.lengths
+        assert torch.equal(segments.positions_N, lookup.segments.positions_N)
+        missing = [i for i, rows in enumerate(lookup.held) if rows is None]
+        for i, rows in zip(missing, self._fetch(hidden_ND, lookup, missing), strict=True):
+            lookup.held[i] = rows
+        return torch.cat([rows for rows in lookup.held if rows is not None])
+
+    def _fetch(self, hidden_ND: Tensor, lookup: _Lookup, missing: list[int]) -> Sequence[Tensor]:
+        if not missing:
+            return []
+        places = [lookup.segments.bounds[i] for i in missing]
+        index = torch.cat([torch.arange(start, stop) for start, stop in places])
+        part = Segments(tuple(stop - start for start, stop in places), lookup.segments.positions_N[index])
+        stepper = self.parts.trunk.stepper
+        answer = stepper.collect(stepper.submit(hidden_ND[index.to(hidden_ND.device)], part))
+        if self.cache is not None and torch.is_grad_enabled():
+            self.keep(answer, part, [lookup.digests[i] for i in missing])
+        rows: Sequence[Tensor] = answer.hidden_ND.to(self._dtype).split(list(part.lengths))
+        return rows
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for child in module.children():
+            if child is not self.parts.blocks:
+                child.eval()
+        for i in self.parts.bottom:
+            self.parts.blocks[i].eval()
+        self._lookup = None
+        if self._capture is not None or self.cache is None:
+            return
+        inputs = _sample_inputs(args, kwargs)
+        if inputs is None:
+            return
+        lookup = self._look_up(*inputs)
+        self._lookup = lookup
+        if all(rows is not None for rows in lookup.held):
+            self.forwards_without_bottom += 1
+            self._bypass = passed_through(self.parts.blocks, self.parts.bottom)
+            self._bypass.__enter__()
+
+    def _after(self, module: nn.Module, args: object, output: object) -> None:
+        bypass, self._bypass, self._lookup = self._bypass, None, None
+        if bypass is not None:
+            bypass.__exit__(None, None, None)
+
+    def _look_up(self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor) -> _Lookup:
+        packer = Packer((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, positions_BT)
+        ids, segments = packer.pack(ids_BT[..., None]).flatten().tolist(), packer.segments
+        positions = segments.positions_N.tolist()
+        digests = [sample_digest(ids[a:b], positions[a:b]) for a, b in segments.bounds]
+        held = [self._read(d, n) for d, n in zip(digests, segments.lengths, strict=True)]
+        return _Lookup(segments, digests, held)
+
+    def _read(self, digest: bytes, num_tokens: int) -> Tensor | None:
+        assert self.cache is not None
+        payload = self.cache.get(digest)
+        if payload is None:
+            return None
+        return unpack_entry(self._wire_codec, payload, num_tokens, self._width).to(self._dtype)
+
+
+def _sample_inputs(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, Tensor | None, Tensor] | None:
+    """Token ids, mask and positions of a forward; None when the positions are the model's own secret."""
+    ids_BT = kwargs.get("input_ids", args[0] if args else None)
+    if ids_BT is None or kwargs.get("past_key_values") is not None:
+        return None
+    mask_BT, positions_BT = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    if positions_BT is None:
+        if mask_BT is not None and not bool(mask_BT[:, 0].all()):
+            return None  # models count differently behind padding on the left
+        positions_BT = torch.arange(ids_BT.shape[1])[None]
+    return ids_BT, mask_BT, positions_BT
