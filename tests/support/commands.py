@@ -115,10 +115,15 @@ class Cloud:
     """`tightbeam serve`, ready in a second; killed and started again on the same port and ledger."""
 
     def __init__(
-        self, model: Path, folder: Path, *options: str, before: Callable[[], None] | None = None
+        self,
+        model: Path,
+        folder: Path,
+        *options: str,
+        before: Callable[[], None] | None = None,
+        max_file_bytes: int | None = None,
     ) -> None:
         self.port = free_port()
-        self._folder, self._before = folder, before
+        self._folder, self._before, self._max_file_bytes = folder, before, max_file_bytes
         self._arguments = ["serve", "--model", str(model), "--listen", self.address, *options]
         if "--identity" not in options:
             self._arguments.append("--insecure")
@@ -136,7 +141,9 @@ class Cloud:
 
     def start(self) -> None:
         """Start, and wait until it accepts steps."""
-        self.command = Command(self._folder, *self._arguments, before=self._before)
+        self.command = Command(
+            self._folder, *self._arguments, before=self._before, max_file_bytes=self._max_file_bytes
+        )
         self.command.wait_until(lambda: bool(self.command.out))
 
     def kill(self) -> None:

@@ -82,15 +82,19 @@ def connect(
 
     Raises:
         IdentityError: No identity, or TLS refuses it.
+        UsageError: An identity, and `insecure` beside it.
         CloudUnavailableError: No answer within `wait_s`.
         FingerprintError: Another backbone than `fingerprint`.
     """
+    if insecure and identity is not None:
+        raise UsageError("insecure and an identity exclude each other.", cure="Leave out insecure.")
     if insecure:
         who, channel = ephemeral_identity(name), grpc.insecure_channel(address, options=_OPTIONS)
     elif identity is None:
         raise IdentityError(
             "An identity is needed to connect.",
-            cure='Pass identity="certs/NAME" from `tightbeam certs init`, or insecure=True on loopback.',
+            cure="Give the folder certs/NAME that `tightbeam certs init` made (model.identity in a recipe), "
+            "or connect insecure on loopback.",
         )
     else:
         who = load_identity(Path(identity))
