@@ -23,7 +23,8 @@ __all__ = [
 # Both sides compute in float32, but not in the same order: the whole model attends over padded rows with a
 # mask and multiplies matrices of B*T rows, the trunk over each sequence alone and N rows. Sums of thousands
 # of terms then differ in the last bit or two. One last bit of a loss between 4 and 8 is 4.8e-7. Gradients
-# pass some ten such sums, whose errors of 1.2e-7 each add up to 1e-6 and, after cancellation, to a few times that.
+# pass some ten such sums, whose errors of 1.2e-7 each add up to 1e-6 and, after cancellation, to a few times
+# that.
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-5  # relative, in the norm of one parameter's gradient
 
