@@ -21,6 +21,7 @@
     |   |-- UpdateRefusedError     an adapter update that cannot be aggregated: names client and tensor
     |   `-- CohortError            fewer clients than the round needs
     |-- UnknownStepError           the cloud no longer holds this step: send the inputs again
+    |-- UnknownBaseError           the cloud does not hold what a delta is against: send whole values
     |-- CloudBusyError             over a limit now, not for ever: transient
     `-- CloudUnavailableError      no answer: transient
 
@@ -49,6 +50,7 @@ __all__ = [
     "StepRefusedError",
     "StepTooLargeError",
     "TightbeamError",
+    "UnknownBaseError",
     "UnknownStepError",
     "UnsupportedModelError",
     "UpdateRefusedError",
@@ -193,6 +195,12 @@ class UnknownStepError(TightbeamError):
     """The cloud does not hold this step (restart, eviction); the edge sends the inputs again."""
 
     code, status, exit_code = "unknown_step", "NOT_FOUND", 6
+
+
+class UnknownBaseError(TightbeamError):
+    """The cloud does not hold the values that a delta is against; the edge sends whole values."""
+
+    code, status, exit_code = "unknown_base", "NOT_FOUND", 6
 
 
 class CloudBusyError(TightbeamError):

@@ -1,0 +1,65 @@
+"""What coding costs beside the bytes that it saves: `python benchmarks/codec_speed.py [--device cuda]`.
+
+A tensor of [8192, 576] floats is encoded where it lies, copied to the CPU as a payload, and decoded on the
+same device again; one CPU thread. `budget_ratio` is the time to encode and decode over the time that a link
+of 1 Gbit/s needs for the bytes saved against fp32: below 1, coding pays. The best of the interleaved rounds
+counts. The last line is JSON.
+"""
+
+import argparse
+import json
+import time
+
+import torch
+
+from tightbeam.common.wire.codecs import CODECS
+
+ROUNDS = 12
+BITS_PER_S = 1e9
+
+
+def timed(device: torch.device, names: list[str], shape: tuple[int, int]) -> dict[str, dict[str, float]]:
+    """Best seconds to encode and to decode, by codec."""
+    values_ND = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    best: dict[str, dict[str, float]] = {name: {} for name in names}
+    for _ in range(ROUNDS):
+        for name in names:
+            started_s = time.perf_counter()
+            payload = CODECS[name].encode(values_ND, seed=1)  # ends on the CPU, so the device is done
+            encoded_s = time.perf_counter()
+            CODECS[name].decode(payload, shape, torch.float32, device=device)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            decoded_s = time.perf_counter()
+            spent = {"encode_s": encoded_s - started_s, "decode_s": decoded_s - encoded_s}
+            best[name] = {key: min(value, best[name].get(key, value)) for key, value in spent.items()}
+    return best
+
+
+def main() -> None:
+    """Print a line per codec, then one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--hidden-size", type=int, default=576)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    shape = (arguments.tokens, arguments.hidden_size)
+    names = [name for name in CODECS if name != "fp32"]
+    full_bytes = CODECS["fp32"].num_bytes(shape)
+    rows: dict[str, dict[str, float]] = {}
+    for name, spent in timed(torch.device(arguments.device), names, shape).items():
+        num_bytes, coding_s = CODECS[name].num_bytes(shape), sum(spent.values())
+        rows[name] = {
+            "bytes_per_token": num_bytes / shape[0],
+            "encode_ns_per_value": spent["encode_s"] / (shape[0] * shape[1]) * 1e9,
+            "decode_ns_per_value": spent["decode_s"] / (shape[0] * shape[1]) * 1e9,
+            "coding_ms": coding_s * 1e3,
+            "budget_ratio": coding_s / ((full_bytes - num_bytes) * 8 / BITS_PER_S),
+        }
+        print(f"{name:6}", "  ".join(f"{key} {value:8.3f}" for key, value in rows[name].items()))
+    print(json.dumps({"device": arguments.device, "shape": shape, "codecs": rows}))
+
+
+if __name__ == "__main__":
+    main()
