@@ -78,6 +78,15 @@ def test_thirty_two_bits_cost_four_bytes_a_value() -> None:
     assert FixedPoint.fitting(8.0, 10, 10, 32).encode(np.zeros(99), 1, "ward").nbytes == 400
 
 
+@pytest.mark.parametrize(
+    ("max_weight", "ring_bits", "fraction_bits", "bound"), [(100, 32, 21, 2.4e-7), (10**6, 64, 39, 9.1e-13)]
+)
+def test_the_examples_of_the_docs(max_weight: int, ring_bits: int, fraction_bits: int, bound: float) -> None:
+    encoding = FixedPoint.fitting(1.0, max_weight, 10, ring_bits)
+    assert encoding.fraction_bits == fraction_bits
+    assert encoding.error_bound == pytest.approx(bound, rel=0.01)
+
+
 def test_a_layout_lays_out_and_cuts_back() -> None:
     state = random_state(4)
     layout = Layout.of(state)

@@ -115,13 +115,15 @@ class LoraAdapter:
         return LoraAdapter(empty, self.rest).resized(rank, seed)
 
     def state(self, scale: float) -> dict[str, NDArray[np.float32]]:
-        """Arrays under PEFT's names for a receiver whose config says alpha / r = `scale`."""
+        """Arrays under PEFT's names, sorted, for a receiver whose config says alpha / r = `scale`."""
         _require_scale(scale, "the receiver")
         arrays: dict[str, NDArray[np.float32]] = {}
         for module in self.modules.values():
             arrays[module.names[0]] = module.A_RI.astype(np.float32)
             arrays[module.names[1]] = (module.B_OR / scale).astype(np.float32)
-        return arrays | {name: tensor.astype(np.float32) for name, tensor in self.rest.items()}
+        arrays |= {name: tensor.astype(np.float32) for name, tensor in self.rest.items()}
+        # Flower's strategies pair some arrays by place, not by name: every record has the same order.
+        return dict(sorted(arrays.items()))
 
 
 def parse_adapter(state: Arrays, scale: float, client: str) -> LoraAdapter:
