@@ -1,9 +1,8 @@
-"""The Jargon File as question and answer pairs: a task that a small model gets visibly better at.
+"""The Jargon File as questions and answers: a task that a small model gets visibly better at.
 
-Source: Debian's package `dict-jargon` 4.4.7 (public domain). Each dictionary entry becomes one chat: the
-question 'What does "HEADWORD" mean in hacker slang?' and its definition with line breaks joined. Entries shorter
-than 20 characters are left out; 2,266 remain. Shuffled with seed 0, the last 256 are for evaluation and the
-other 2,010 for training.
+Source: Debian's package `dict-jargon` 4.4.7 (public domain). Each dictionary entry becomes the prompt "What does
+HEADWORD mean?" and, as completion, its definition with line breaks joined. Definitions shorter than 20 characters
+are left out; 2,266 remain. Shuffled with seed 0, the last 256 are for evaluation and the other 2,010 for training.
 
     apt-get download dict-jargon && dpkg -x dict-jargon_*.deb jargon
     python benchmarks/jargon.py jargon/usr/share/dictd FOLDER
@@ -25,9 +24,9 @@ def read_entries(folder: Path) -> list[tuple[str, str]]:
     text = gzip.decompress((folder / "jargon.dict.dz").read_bytes())
     places: dict[tuple[int, int], str] = {}  # several headwords may share an entry: the first counts
     for line in (folder / "jargon.index").read_text(encoding="utf-8", errors="replace").splitlines():
-        headword, start, length = line.split("\t")[:3]
+        headword, first, size = line.split("\t")[:3]
         if not headword.startswith("00-database"):
-            places.setdefault((_number(start), _number(length)), headword)
+            places.setdefault((_number(first), _number(size)), headword)
     entries = []
     for (start, length), headword in sorted(places.items()):
         body = text[start : start + length].decode("utf-8", errors="replace")
@@ -44,10 +43,9 @@ def split(entries: list[tuple[str, str]]) -> tuple[list[tuple[str, str]], list[t
     return shuffled[:-NUM_EVAL], shuffled[-NUM_EVAL:]
 
 
-def to_chat(headword: str, definition: str) -> dict[str, list[dict[str, str]]]:
+def to_record(headword: str, definition: str) -> dict[str, str]:
     """One JSONL record."""
-    question = f'What does "{headword}" mean in hacker slang?'
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": definition}]}
+    return {"prompt": f"What does {headword} mean?\n", "completion": definition}
 
 
 def _number(text: str) -> int:
@@ -63,7 +61,7 @@ def main() -> None:
     target.mkdir(parents=True, exist_ok=True)
     entries = read_entries(source)
     for name, part in zip(("train", "eval"), split(entries), strict=True):
-        lines = [json.dumps(to_chat(*entry), ensure_ascii=False) for entry in part]
+        lines = [json.dumps(to_record(*entry), ensure_ascii=False) for entry in part]
         (target / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
         print(f"{name}: {len(lines)} of {len(entries)} entries")
 
