@@ -1,7 +1,8 @@
 """The typer app: which commands there are, and how an error becomes one line and an exit code.
 
 Exit codes: 0 done; 1 something failed; 2 a wrong command, option, recipe or data file; 3 an identity;
-4 a step that the cloud will never accept; 5 damage on the wire; 6 the cloud is away or busy; 130 Ctrl-C.
+4 a step that the cloud will never accept; 5 damage on the wire; 6 the cloud is away or busy;
+7 a federated round that cannot go on; 130 Ctrl-C.
 """
 
 import os
@@ -11,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from tightbeam.cli import cache, certs, config, data, demo, doctor, report, serve, train, usage
+from tightbeam.cli import cache, certs, config, data, demo, doctor, report, serve, simulate, train, usage
 from tightbeam.cli.options import say
 from tightbeam.common.errors import TightbeamError
 
@@ -32,6 +33,7 @@ app.command("report")(report.report)
 app.command("doctor")(doctor.doctor)
 app.command("usage")(usage.usage)
 app.command("demo")(demo.demo)
+app.command("simulate")(simulate.simulate)
 app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(certs.app, name="certs")

@@ -1,0 +1,26 @@
+"""`tightbeam simulate`: many clients, one adapter, on this machine."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tightbeam.cli.options import Settings
+
+__all__ = ["simulate"]
+
+
+def simulate(
+    scenario: Annotated[
+        Path, typer.Argument(metavar="SCENARIO", help="A YAML file; docs/federation.md has every key.")
+    ],
+    settings: Settings = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after the last complete round.")] = False,
+) -> None:
+    """Run a federated experiment with simulated clients against one cloud."""
+    from tightbeam.simulations.scenario import load_scenario
+
+    checked = load_scenario(scenario, settings or [])  # before the slow imports: a typo is told at once
+    from tightbeam.simulations.experiment import run_scenario
+
+    typer.echo(run_scenario(checked, resume=resume))

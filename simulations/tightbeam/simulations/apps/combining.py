@@ -1,0 +1,186 @@
+"""A round's updates become the next global adapter: by our aggregators, or by a strategy of Flower's.
+
+Clients with different cuts have different layers. So layers are combined in groups: those that the same
+clients have go through the aggregator together, and a layer that nobody had in a round stays as it was.
+
+Flower's strategies see what their own FedAvg would: one record of arrays per client, all of one shape.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as Private
+from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, Krum, Strategy
+from numpy.typing import NDArray
+
+from tightbeam.common.federation import Aggregate, LoraAdapter, Update, aggregator_named, parse_adapter
+from tightbeam.simulations.global_adapter import GlobalAdapter, from_record
+from tightbeam.simulations.scenario import FLOWER_STRATEGIES, Scenario
+
+__all__ = ["Accepted", "ByAggregator", "ByFlower", "Combined", "Combiner", "combiner_for"]
+
+Memory = dict[str, NDArray[np.floating[Any]]]
+_REMEMBERED = ("momentum_vector", "m_t", "v_t")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Accepted:
+    """One client's update that has passed the checks."""
+
+    update: Update
+    layers: frozenset[str]
+    reply: Message
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combined:
+    """The next global adapter, and what to tell about it."""
+
+    state: GlobalAdapter
+    notes: tuple[str, ...] = ()
+    relative_error: float | None = None  # of delta W, against the exact mean; None where it is not the aim
+
+
+class Combiner(Protocol):
+    """One way to combine."""
+
+    def prepare(self, number: int, sent: ArrayRecord, grid: Grid) -> None:
+        """Hear what all clients were sent."""
+
+    def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
+        """Combine a round's updates, at least one."""
+        ...  # a Protocol's body
+
+    def memory(self) -> Memory:
+        """What must survive a restart."""
+        ...  # a Protocol's body
+
+    def remember(self, memory: Memory) -> None:
+        """Inverse of `memory`."""
+
+
+def combiner_for(scenario: Scenario) -> Combiner:
+    """What the scenario's strategy section asks for."""
+    section = scenario.strategy
+    if section.privacy is not None or section.name in FLOWER_STRATEGIES:
+        return ByFlower(scenario)
+    return ByAggregator(scenario)
+
+
+class ByAggregator:
+    """Ours: `tightbeam.common.federation`."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+        self._aggregator = aggregator_named(scenario.strategy.name)
+        self._rank = max(profile.options.r for profile in scenario.profiles())
+
+    def prepare(self, number: int, sent: ArrayRecord, grid: Grid) -> None:
+        """Nothing: aggregators hold no state."""
+
+    def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
+        """Combine group by group."""
+        groups = [self._aggregate(layers, accepted) for layers in _groups(accepted)]
+        modules = {name: m for group in groups for name, m in group.adapter.modules.items()}
+        means = {name: m for group in groups for name, m in group.mean.modules.items()}
+        whole = Aggregate(LoraAdapter(modules, {}), LoraAdapter(means, {}), ())
+        notes = tuple(dict.fromkeys(note for group in groups for note in group.notes))
+        if groups[0].folds:
+            after = state.after_fold(whole.adapter, self._rank, self._scenario.seed + number)
+        else:
+            after = state.after(whole.adapter)
+        return Combined(after, notes, whole.relative_error())
+
+    def memory(self) -> Memory:
+        """Nothing."""
+        return {}
+
+    def remember(self, memory: Memory) -> None:
+        """Nothing."""
+
+    def _aggregate(self, layers: frozenset[str], accepted: Sequence[Accepted]) -> Aggregate:
+        having = [one.update for one in accepted if layers <= one.layers]
+        return self._aggregator.aggregate([_restricted(update, layers) for update in having])
+
+
+class ByFlower:
+    """Flower's own strategies, on adapters of one shape."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._scale = scenario.adapter.scale
+        self._strategy = _flower_strategy(scenario)
+
+    def prepare(self, number: int, sent: ArrayRecord, grid: Grid) -> None:
+        """Let the strategy note the arrays that this round starts from; its messages are not used."""
+        list(self._strategy.configure_train(number, sent, ConfigRecord(), grid))
+
+    def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
+        """Hand Flower the clients' replies."""
+        record, _ = self._strategy.aggregate_train(number, [one.reply for one in accepted])
+        assert record is not None, "there is at least one reply"
+        adapter = parse_adapter(from_record(record), self._scale, "the aggregate")
+        return Combined(state.after(adapter), (f"combined by Flower's {type(self._strategy).__name__}",))
+
+    def memory(self) -> Memory:
+        """Momenta, by their attribute's name and the array's."""
+        found: Memory = {}
+        for name in _REMEMBERED:
+            value = getattr(self._strategy, name, None)
+            items = value.items() if isinstance(value, Mapping) else enumerate(value or ())
+            found |= {f"{name}/{key}": np.asarray(array) for key, array in items}
+        return found
+
+    def remember(self, memory: Memory) -> None:
+        """Put momenta back."""
+        for name in _REMEMBERED:
+            own = {key.removeprefix(f"{name}/"): a for key, a in memory.items() if key.startswith(f"{name}/")}
+            if own and name == "momentum_vector":
+                setattr(self._strategy, name, [own[str(index)] for index in range(len(own))])
+            elif own:
+                setattr(self._strategy, name, own)
+
+
+def _flower_strategy(scenario: Scenario) -> Strategy:
+    section = scenario.strategy
+    common: dict[str, Any] = {
+        "min_train_nodes": 1,
+        "min_evaluate_nodes": 1,
+        "min_available_nodes": 1,
+        "weighted_by_key": "weight",
+    }
+    if section.privacy is not None:
+        return Private(
+            FedAvg(**common),
+            noise_multiplier=section.privacy.noise_multiplier,
+            clipping_norm=section.privacy.clipping_norm,
+            num_sampled_clients=scenario.sampled,
+        )
+    if section.name == "fedavgm":
+        return FedAvgM(**common, server_learning_rate=section.server_lr, server_momentum=section.momentum)
+    if section.name == "fedmedian":
+        return FedMedian(**common)
+    if section.name == "krum":
+        return Krum(**common, num_malicious_nodes=section.num_malicious)
+    kind = FedAdam if section.name == "fedadam" else FedYogi
+    return kind(**common, eta=section.server_lr, beta_1=section.momentum)
+
+
+def _groups(accepted: Sequence[Accepted]) -> list[frozenset[str]]:
+    """Layers that the same clients have, in a fixed order."""
+    owners: dict[str, tuple[int, ...]] = {}
+    for number, one in enumerate(accepted):
+        for layer in one.layers:
+            owners[layer] = (*owners.get(layer, ()), number)
+    groups: dict[tuple[int, ...], set[str]] = {}
+    for layer, clients in owners.items():
+        groups.setdefault(clients, set()).add(layer)
+    return [frozenset(groups[clients]) for clients in sorted(groups)]
+
+
+def _restricted(update: Update, layers: frozenset[str]) -> Update:
+    kept = {name: array for name, array in update.adapter.items() if name.split(".lora_")[0] in layers}
+    return Update(update.client, update.weight, kept, update.scale)

@@ -1,0 +1,234 @@
+"""`FederatedLora`: the Message-API strategy that sends each client its part and takes back what is sound.
+
+What comes back is sorted into `ok`, `failed` (with the client's own words), `refused` (NaN, other shapes),
+`late`, `dropped` and `left`. Only `ok` is combined. Every message is accounted for, whatever came of it.
+"""
+
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from tightbeam.common.errors import CohortError, TightbeamError, UpdateRefusedError, error_from_code
+from tightbeam.common.federation import LoraAdapter, Update, check_update
+from tightbeam.simulations.apps.combining import Accepted, combiner_for
+from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
+from tightbeam.simulations.grid import message_bytes
+from tightbeam.simulations.journal import Journal, Row
+from tightbeam.simulations.scenario import ClientProfile, Scenario
+
+__all__ = ["FederatedLora", "Node", "failure_of"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One client as the server knows it."""
+
+    node_id: int
+    profile: ClientProfile
+    layers: LoraAdapter  # empty modules: names and shapes of what its cut leaves at the edge
+
+
+def failure_of(reply: Message) -> TightbeamError | None:
+    """What a reply complains about, with its own text; None when it is fine."""
+    if reply.has_error():
+        return TightbeamError(reply.error.reason or f"Flower's error {reply.error.code}.")
+    notes = reply.content.config_records["notes"]
+    if notes["status"] == "ok":
+        return None
+    return error_from_code(str(notes.get("code", "internal")), str(notes["reason"]), "")
+
+
+class FederatedLora(Strategy):
+    """One experiment's strategy; `arrays` are a `GlobalAdapter` in Flower's form."""
+
+    def __init__(self, scenario: Scenario, nodes: Iterable[Node], journal: Journal) -> None:
+        self.scenario, self.journal = scenario, journal
+        self.combiner = combiner_for(scenario)
+        self._nodes = {node.profile.name: node for node in nodes}
+        self._by_id = {node.node_id: node for node in self._nodes.values()}
+        self._state = GlobalAdapter(LoraAdapter({}, {}))
+        self._sent: dict[int, Message] = {}
+
+    def summary(self) -> None:
+        """Nothing to log: the journal has it."""
+
+    def present(self) -> list[Node]:
+        """Clients that have not left, by name."""
+        left = {row["client"] for row in self.journal.rows if row.get("status") == "left"}
+        return [self._nodes[name] for name in sorted(self._nodes.keys() - left)]
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Sample clients by the seed and send each its layers at its rank."""
+        present = self.present()
+        draw = random.Random(f"{self.scenario.seed}/sample/{server_round}")  # noqa: S311  no secret
+        chosen = draw.sample(present, min(self.scenario.sampled, len(present)))
+        chosen.sort(key=lambda node: node.profile.name)
+        messages = self._messages(server_round, arrays, config, chosen, MessageType.TRAIN)
+        if messages:
+            self.combiner.prepare(server_round, messages[0].content.array_records["arrays"], grid)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Combine what is sound.
+
+        Raises:
+            CohortError: every client failed or was refused; the message has the first one's words.
+
+        """
+        accepted, rows = [], []
+        for reply in sorted(replies, key=lambda reply: self._by_id[reply.metadata.src_node_id].profile.name):
+            node = self._by_id[reply.metadata.src_node_id]
+            row, good = self._judge(node, reply)
+            row = self.journal.append("client_round", round=server_round, client=node.profile.name, **row)
+            rows.append(row)
+            accepted += [good] if good else []
+        failed = [row for row in rows if row["status"] in ("failed", "refused")]
+        if failed and not accepted:
+            raise CohortError(
+                f"No update in round {server_round}: {failed[0]['client']} says: {failed[0]['reason']}",
+                cure="Correct what it says, then go on with --resume.",
+            )
+        return self._combine(server_round, accepted, rows)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every client that is present, in the first and last round and as often as the scenario says."""
+        every, last = self.scenario.eval_every, self.scenario.rounds
+        if server_round not in (0, last) and (not every or server_round % every):
+            return []
+        return self._messages(server_round, arrays, config, self.present(), MessageType.EVALUATE)
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
+        """Mean held-out loss over clients, each by its learned tokens."""
+        losses: dict[str, tuple[float, int]] = {}
+        for reply in sorted(replies, key=lambda reply: self._by_id[reply.metadata.src_node_id].profile.name):
+            name = self._by_id[reply.metadata.src_node_id].profile.name
+            row = self.journal.append("client_eval", round=server_round, client=name, **self._account(reply))
+            if row["status"] == "ok":
+                losses[name] = row["loss"], row["weight"]
+        if not losses:
+            return None
+        mean = sum(loss * count for loss, count in losses.values()) / sum(n for _, n in losses.values())
+        by_loss = sorted(loss for loss, _ in losses.values())
+        figures: dict[str, Any] = {
+            "loss": mean,
+            "worst": by_loss[-1],
+            "median": by_loss[len(by_loss) // 2],
+            "best": by_loss[0],
+        }
+        self.journal.append("evaluation", round=server_round, clients=len(losses), **figures)
+        return MetricRecord(figures)
+
+    def _messages(
+        self,
+        number: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        nodes: Iterable[Node],
+        message_type: str,
+    ) -> list[Message]:
+        self._state = GlobalAdapter.from_arrays(from_record(arrays))
+        messages = []
+        for node in nodes:
+            content = self._content(node, number)
+            content.config_records["config"].update(config)
+            messages.append(Message(content, node.node_id, message_type))
+        self._sent = {message.metadata.dst_node_id: message for message in messages}
+        return messages
+
+    def _content(self, node: Node, number: int) -> RecordDict:
+        """One client's part of the global adapter, and what it has spent so far."""
+        name, spent = node.profile.name, self.journal.spent(node.profile.name)
+        own, fold = self._state.for_client(
+            node.layers.modules, node.profile.options.r, self.scenario.adapter.scale, self._seed(number)
+        )
+        before = self.journal.of_client(name, "client_round", "client_eval")
+        config = ConfigRecord(
+            {
+                "server-round": number,
+                "first": not any(row.get("weight_bytes") for row in before),
+                "spent-mb": spent.mb,
+                "spent-joules": spent.joules,
+                "spent-money": spent.money,
+            }
+        )
+        records: dict[str, Any] = {"arrays": to_record(own), "config": config}
+        return RecordDict(records | ({"fold": to_record(fold)} if fold else {}))
+
+    def _seed(self, number: int) -> int:
+        return self.scenario.seed + number
+
+    def _account(self, reply: Message) -> Row:
+        """Status, bytes and figures of one exchange."""
+        sent, failure = self._sent[reply.metadata.src_node_id], failure_of(reply)
+        notes: Mapping[str, Any] = reply.content.config_records["notes"] if reply.has_content() else {}
+        row: Row = {
+            "status": str(notes.get("status", "failed")),
+            "reason": str(failure) if failure else "",
+            "run": str(notes.get("run", "")),
+            "codec": str(notes.get("codec", "")),
+            "adapter_down_bytes": sum(r.count_bytes() for r in sent.content.array_records.values()),
+            "message_down_bytes": message_bytes(sent),
+            "message_up_bytes": message_bytes(reply),
+            "adapter_up_bytes": 0,
+        }
+        if reply.has_content() and "metrics" in reply.content.metric_records:
+            metrics = reply.content.metric_records["metrics"]
+            row |= {name.replace("-", "_"): value for name, value in metrics.items()}
+            row["adapter_up_bytes"] = sum(r.count_bytes() for r in reply.content.array_records.values())
+        return row
+
+    def _judge(self, node: Node, reply: Message) -> tuple[Row, Accepted | None]:
+        row = self._account(reply)
+        if row["status"] != "ok":
+            return row, None
+        try:
+            update = self._update(node, reply, row["weight"])
+        except UpdateRefusedError as error:
+            return row | {"status": "refused", "reason": str(error)}, None
+        limit_s = self.scenario.faults.deadline_s
+        if limit_s is not None and row["virtual_s"] > limit_s:
+            reason = f"Its update came after {row['virtual_s']:.1f} s, the deadline is {limit_s:g} s."
+            return row | {"status": "late", "reason": reason}, None
+        return row, Accepted(update, frozenset(node.layers.modules), reply)
+
+    def _update(self, node: Node, reply: Message, weight: float) -> Update:
+        name, given = node.profile.name, from_record(reply.content.array_records["arrays"])
+        if self.scenario.strategy.name == "ffa":  # A is frozen, so only B comes back
+            sent = from_record(self._sent[node.node_id].content.array_records["arrays"])
+            given = {tensor: array for tensor, array in sent.items() if ".lora_A." in tensor} | given
+        update = Update(name, weight, given, self.scenario.adapter.scale)
+        rank = check_update(update, node.layers).rank
+        if rank != node.profile.options.r:
+            raise UpdateRefusedError(
+                f"The update of {name} is refused: it has rank {rank}, not {node.profile.options.r}.",
+                cure="The other clients' updates are not affected.",
+            )
+        return update
+
+    def _combine(
+        self, number: int, accepted: list[Accepted], rows: list[Row]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        virtual_s = max((row.get("virtual_s", 0.0) for row in rows), default=0.0)
+        if self.scenario.faults.deadline_s is not None:
+            virtual_s = min(virtual_s, self.scenario.faults.deadline_s)
+        figures: Row = {"round": number, "updates": len(accepted), "virtual_s": virtual_s}
+        if not accepted:
+            self.journal.append("round", **figures, loss=None, relative_error=None, notes=["no update"])
+            return None, None
+        combined = self.combiner.combine(number, self._state, accepted)
+        good = [row for row in rows if row["status"] == "ok"]
+        loss = sum(row["loss"] * row["weight"] for row in good) / sum(row["weight"] for row in good)
+        error, notes = combined.relative_error, list(combined.notes)
+        self.journal.append("round", **figures, loss=loss, relative_error=error, notes=notes)
+        return to_record(combined.state.arrays()), MetricRecord({"loss": loss, "updates": len(accepted)})

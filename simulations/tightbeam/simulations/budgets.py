@@ -1,0 +1,65 @@
+"""Whether a client can still afford a round, and with which codec."""
+
+from dataclasses import dataclass
+
+import torch
+
+from tightbeam.common.config import Codecs
+from tightbeam.common.costs.modes import TokenBytes
+from tightbeam.common.costs.prices import Prices
+from tightbeam.common.wire.codecs import lossless
+from tightbeam.simulations.scenario import ClientSection
+
+__all__ = ["Plan", "Spent", "choose_codec", "codec_text"]
+
+_FRAMING = 1.02  # wire over payload bytes: an estimate from above, for messages of usual size
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a client has spent in earlier rounds."""
+
+    mb: float
+    joules: float
+    money: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What the next round will take, known before it begins."""
+
+    tokens: int
+    hidden_size: int
+    dtype: str  # of the cloud's blocks
+    gradients: bool  # whether gradients cross
+    adapter_bytes: int  # both directions
+    joules: float  # at the edge
+    cloud_flops: int
+
+    def wire_bytes(self, codecs: Codecs) -> float:
+        """Bytes on all wires."""
+        exact = lossless(getattr(torch, self.dtype))
+        names = {t: exact if name == "auto" else name for t, name in codecs.model_dump().items()}
+        row = TokenBytes.of(self.hidden_size, names)
+        return self.tokens * (row.training if self.gradients else row.forward) * _FRAMING + self.adapter_bytes
+
+
+def choose_codec(options: ClientSection, plan: Plan, spent: Spent) -> tuple[Codecs | None, str]:
+    """The first codec that the budget allows, and why the one before it was refused; none if none does."""
+    refusal = ""
+    for codecs in (options.codec, *(Codecs.model_validate(name) for name in options.budget.degrade)):
+        moved = plan.wire_bytes(codecs)
+        bill = Prices().bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
+        over = options.budget.exceeded_by(
+            spent.mb + moved / 1e6, spent.joules + plan.joules, spent.money + bill.total
+        )
+        if not over:
+            return codecs, refusal
+        refusal = over
+    return None, refusal
+
+
+def codec_text(codecs: Codecs) -> str:
+    """One name when all four tensors have the same."""
+    names = list(codecs.model_dump().values())
+    return str(names[0]) if len(set(names)) == 1 else "/".join(names)

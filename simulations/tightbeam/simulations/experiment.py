@@ -1,0 +1,129 @@
+"""`tightbeam simulate`: a scenario from its file to its report, in this process and one cloud beside it.
+
+<output.dir>/<output.name>/
+scenario.yaml    as it was run           clients/    each client's examples and its edge's ledger
+ledger.jsonl     the server's accounts   state/      what --resume goes on from
+adapter/         the result, for PEFT    certs/      identities of the cloud that was started here
+report.html, federation.json, federation.csv         the report
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from tightbeam.common.authority import init_certificates
+from tightbeam.common.errors import UsageError
+from tightbeam.common.runs import atomic_write
+from tightbeam.simulations.demo_inputs import cache_folder, prepare_model
+from tightbeam.simulations.processes import Children, signals_as_exit
+from tightbeam.simulations.progress import FederationProgress
+from tightbeam.simulations.scenario import Scenario
+from tightbeam.simulations.shards import client_files
+
+__all__ = ["require_flower", "run_scenario"]
+
+_FLOWER = ((1, 41), (1, 43))  # from, below
+_READY_S = 180.0
+
+
+def run_scenario(scenario: Scenario, *, resume: bool = False, console: Console | None = None) -> Path:
+    """Run an experiment and return the path of its report.
+
+    Raises:
+        TightbeamError: what the scenario, its data, the cloud or the clients cause; see each class.
+
+    """
+    require_flower()
+    console = console or Console(stderr=True)
+    folder = scenario.folder
+    if not resume and (folder / "ledger.jsonl").exists():
+        _refuse(folder)
+    client_files(scenario, folder, scenario.profiles()[0].name)  # an impossible partition is told first
+    with signals_as_exit(), _cloud(scenario, folder, console) as (address, identities):
+        atomic_write(folder / "scenario.yaml", yaml.safe_dump(scenario.model_dump(mode="json")))
+        _run(scenario, address, identities, resume, console)
+    from tightbeam.simulations.report import write_report
+
+    return write_report(folder)
+
+
+def require_flower() -> None:
+    """Refuse a Flower whose interfaces this package does not know.
+
+    Raises:
+        UsageError: another version than the supported ones.
+
+    """
+    found = metadata.version("flwr")
+    version = tuple(int(part) for part in found.split(".")[:2])
+    if not _FLOWER[0] <= version < _FLOWER[1]:
+        raise UsageError(f"flwr {found} is installed.", cure='Run `pip install "flwr>=1.41,<1.43"`.')
+
+
+def _run(scenario: Scenario, address: str, identities: Path | None, resume: bool, console: Console) -> None:
+    import logging
+
+    # Slow to import: by now the cloud is loading its model.
+    from tightbeam.simulations.apps.client_app import app as client_app
+    from tightbeam.simulations.apps.server_app import app as server_app
+    from tightbeam.simulations.apps.settings import Settings
+    from tightbeam.simulations.grid import Exchange, InProcessGrid, run_in_process
+
+    logging.getLogger("flwr").setLevel(logging.WARNING)
+    config = Settings(scenario, address, identities, scenario.folder, resume).run_config()
+    with FederationProgress(scenario, console) as progress:
+
+        def on_exchange(exchange: Exchange, reply: Any) -> None:
+            records = reply.content.metric_records if reply.has_content() else {}
+            progress.on_reply(exchange.partition, records.get("metrics", {}))
+
+        grid = InProcessGrid(client_app, scenario.clients, config, progress.on_start, on_exchange)
+        grid.listener = progress.on_row
+        run_in_process(grid, server_app, config)
+
+
+@contextlib.contextmanager
+def _cloud(scenario: Scenario, folder: Path, console: Console) -> Iterator[tuple[str, Path | None]]:
+    """Address of the cloud and identities of the clients; a cloud is started unless there is one."""
+    section = scenario.cloud
+    if section.address is not None:
+        if section.identities is None and not section.insecure:
+            raise UsageError(
+                "The scenario names a cloud, but no identities.",
+                cure="Set cloud.identities to the folder of `tightbeam certs init`, or cloud.insecure.",
+            )
+        yield section.address, section.identities
+        return
+    model = str(prepare_model(cache_folder())) if scenario.backbone == "demo" else scenario.backbone
+    names = [profile.name for profile in scenario.profiles()]
+    init_certificates(folder / "certs", clients=names)
+    with Children(folder / "logs") as children:
+        command = [
+            sys.executable,
+            "-m",
+            "tightbeam.cli",
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--model",
+            model,
+        ]
+        command += ["--identity", str(folder / "certs" / "cloud"), "--ledger", str(folder / "cloud.db")]
+        threads = str(scenario.threads or os.cpu_count() or 1)
+        child = children.start("cloud", command, {"OMP_NUM_THREADS": threads})
+        console.print(f"starting a cloud for {model} ...", markup=False, highlight=False, soft_wrap=True)
+        yield child.first_answer(_READY_S), folder / "certs"
+
+
+def _refuse(folder: Path) -> None:
+    raise UsageError(
+        f"{folder} already holds an experiment.",
+        cure="Add --resume to go on with it, or give another output.name.",
+    )

@@ -1,0 +1,152 @@
+"""What a simulation shows while it runs: a live table of clients, or lines where no one watches."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from tightbeam.common.costs.units import bytes_text, joules_text, seconds_text
+from tightbeam.simulations.journal import moved_bytes
+from tightbeam.simulations.scenario import Scenario
+
+__all__ = ["FederationProgress"]
+
+_SHOWN = 24  # clients in the table; of more, those that were active last
+_SLOW = 1.5  # times the median of its round
+
+
+@dataclass(slots=True)
+class _Line:
+    """One client."""
+
+    group: str
+    doing: str = ""
+    loss: float | None = None
+    eval_loss: float | None = None
+    moved_bytes: int = 0
+    joules: float = 0.0
+    virtual_s: float = 0.0  # of its last round
+    slow: bool = False
+    active: int = 0
+
+
+@dataclass
+class FederationProgress:
+    """Hears of every exchange and every row of the ledger."""
+
+    scenario: Scenario
+    console: Console
+    lines: dict[str, _Line] = field(init=False)
+    round: int = 0
+    title: str = "starting"
+
+    def __post_init__(self) -> None:
+        profiles = self.scenario.profiles()
+        self._names = [profile.name for profile in profiles]
+        self.lines = {profile.name: _Line(profile.group) for profile in profiles}
+        self._live = Live(console=self.console, refresh_per_second=4, transient=True)
+        self._clock = 0
+
+    def __enter__(self) -> Self:
+        if self.console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def on_start(self, partition: int, message_type: str) -> None:
+        """A client begins to work."""
+        doing = {"train": "training", "evaluate": "evaluating"}.get(message_type, "")
+        line, self._clock = self.lines[self._names[partition]], self._clock + 1
+        line.doing, line.active = doing, self._clock
+        self._show()
+
+    def on_reply(self, partition: int, metrics: Mapping[str, Any]) -> None:
+        """A client is done; `metrics` are empty when it failed."""
+        line = self.lines[self._names[partition]]
+        if line.doing == "training" and "loss" in metrics:
+            line.loss = float(metrics["loss"])
+        line.doing = "done" if metrics else ""
+        self._show()
+
+    def on_row(self, row: Mapping[str, Any]) -> None:
+        """A row went into the ledger."""
+        if row["row"] in ("client_round", "client_eval"):
+            self._client(row)
+        elif row["row"] == "round":
+            self._end_of_round(row)
+        elif row["row"] == "evaluation":
+            self._say(
+                f"round {row['round']}: held-out loss {row['loss']:.4f} "
+                f"(worst {row['worst']:.4f}, best {row['best']:.4f} of {row['clients']} clients)"
+            )
+        self._show()
+
+    def table(self) -> Table:
+        """The clients as they are now."""
+        table = Table(title=self.title, title_justify="left", show_edge=False)
+        table.add_column("client")
+        for name in ("group", "now", "loss", "held out", "moved", "energy", "round took"):
+            table.add_column(name, justify="right")
+        shown = sorted(self.lines, key=lambda name: -self.lines[name].active)[:_SHOWN]
+        for name in sorted(shown):
+            line = self.lines[name]
+            table.add_row(
+                name,
+                line.group,
+                line.doing,
+                _number(line.loss),
+                _number(line.eval_loss),
+                bytes_text(line.moved_bytes),
+                joules_text(line.joules),
+                seconds_text(line.virtual_s) + (" slow" if line.slow else ""),
+            )
+        return table
+
+    def _client(self, row: Mapping[str, Any]) -> None:
+        line = self.lines[row["client"]]
+        line.moved_bytes += moved_bytes(row)
+        line.joules += row.get("joules", 0.0)
+        if row["status"] != "ok":
+            line.doing = row["status"]
+            self._say(f"round {row['round']}: {row['client']} {row['status']}: {row['reason']}")
+        if row["row"] == "client_eval":
+            line.eval_loss = row.get("loss", line.eval_loss)
+        else:
+            line.virtual_s, line.slow = row.get("virtual_s", 0.0), False
+            line.active = self._clock
+
+    def _end_of_round(self, row: Mapping[str, Any]) -> None:
+        self.round = row["round"]
+        self.title = f"round {self.round} of {self.scenario.rounds} done"
+        took = sorted(line.virtual_s for line in self.lines.values() if line.virtual_s)
+        for line in self.lines.values():
+            line.slow = bool(took) and line.virtual_s > _SLOW * took[len(took) // 2]
+        moved, joules = self._sums()
+        loss = "no update" if row["loss"] is None else f"loss {row['loss']:.4f}"
+        self._say(
+            f"round {self.round} of {self.scenario.rounds}: {row['updates']} updates, {loss}, "
+            f"{seconds_text(row['virtual_s'])} virtual; so far {bytes_text(moved)}, {joules_text(joules)}"
+        )
+
+    def _sums(self) -> tuple[int, float]:
+        lines = self.lines.values()
+        return sum(line.moved_bytes for line in lines), sum(line.joules for line in lines)
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _show(self) -> None:
+        if self._live.is_started:
+            self._live.update(self.table())
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"

@@ -1,0 +1,115 @@
+"""The examples of every client as files: `clients/<name>/train.jsonl` and `eval.jsonl`.
+
+Dealing is a function of the scenario: any process can make the files of any client and gets the same bytes.
+"""
+
+import json
+import random
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tightbeam.common.errors import DataError
+from tightbeam.common.runs import atomic_write
+from tightbeam.edge.records import read_records
+from tightbeam.simulations.demo_inputs import CORPUS, cache_folder, chats_from_corpus, fetch
+from tightbeam.simulations.partition import deal
+from tightbeam.simulations.scenario import Scenario
+
+__all__ = ["DEMO_TOPICS", "client_files", "deal_rows", "demo_rows", "read_rows"]
+
+DEMO_TOPICS = (
+    "ai", "botprofile", "coding", "computers", "conversations", "emotion", "food", "gossip", "greetings",
+    "health", "history", "humor", "literature", "money", "movies", "politics", "psychology", "science",
+    "sports", "tech_support", "trivia",
+)  # fmt: skip
+Row = Mapping[str, Any]
+
+
+def client_files(scenario: Scenario, folder: Path, name: str) -> tuple[Path, Path]:
+    """Training and evaluation file of one client; all clients' are written when they are not there yet.
+
+    Raises:
+        DataError: the data cannot be read, or cannot be dealt out as the scenario asks.
+
+    """
+    train, held_out = folder / "clients" / name / "train.jsonl", folder / "clients" / name / "eval.jsonl"
+    if not (train.is_file() and held_out.is_file()):
+        for profile, (learn, test) in zip(scenario.profiles(), deal_rows(scenario), strict=True):
+            here = folder / "clients" / profile.name
+            for path, rows in ((here / "train.jsonl", learn), (here / "eval.jsonl", test)):
+                atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return train, held_out
+
+
+def deal_rows(scenario: Scenario) -> list[tuple[list[Row], list[Row]]]:
+    """Rows of each client, those to learn and those held out."""
+    rows, partition = _chosen(scenario), scenario.partition
+    by_label = partition.by in ("field", "dirichlet")
+    labels = [_label(row, partition.field) for row in rows] if by_label else [""] * len(rows)
+    parts = deal(
+        partition.by,
+        labels,
+        scenario.clients,
+        alpha=partition.alpha,
+        skew=partition.skew,
+        min_examples=partition.min_examples,
+        seed=scenario.seed,
+    )
+    return [_hold_out([rows[n] for n in part], scenario, number) for number, part in enumerate(parts)]
+
+
+def _chosen(scenario: Scenario) -> Sequence[Row]:
+    rows = read_rows(scenario.data.source, scenario.data.format)
+    most = scenario.data.max_examples
+    if most is None or most >= len(rows):
+        return rows
+    drawn = random.Random(f"{scenario.seed}/rows").sample(range(len(rows)), most)  # noqa: S311  no secret
+    return [rows[number] for number in sorted(drawn)]
+
+
+def _hold_out(rows: list[Row], scenario: Scenario, number: int) -> tuple[list[Row], list[Row]]:
+    order = list(range(len(rows)))
+    random.Random(f"{scenario.seed}/held-out/{number}").shuffle(order)  # noqa: S311  no secret
+    held = min(max(round(len(rows) * scenario.data.eval_fraction), 1), len(rows) - 1)
+    test = set(order[:held])
+    learn = [row for place, row in enumerate(rows) if place not in test]
+    return learn, [rows[place] for place in sorted(test)]
+
+
+def _label(row: Row, field: str) -> str:
+    if field not in row:
+        raise DataError(
+            f"A row has no key {field!r} to go by; its keys are {', '.join(row)}.",
+            cure="Set partition.field to one of them, or partition.by to iid.",
+        )
+    return str(row[field])
+
+
+@lru_cache(maxsize=4)
+def read_rows(source: str, record_format: str) -> Sequence[Row]:
+    """All rows of a file, or the demo's chats: records that an edge can read, with their other keys."""
+    if source == "demo":
+        return demo_rows()
+    path = Path(source)
+    records = read_records(path, record_format)[1]
+    if path.suffix.lower() == ".csv":
+        import csv
+
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file, strict=True))
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    return [json.loads(lines[record.line - 1]) for record in records]
+
+
+def demo_rows() -> Sequence[Row]:
+    """Chats of the demo's corpus with their topic; a question that several topics have goes to the first."""
+    wheel, seen = fetch(CORPUS, cache_folder()), set[str]()
+    rows: list[Row] = []
+    for topic in DEMO_TOPICS:
+        for chat in chats_from_corpus(wheel, (topic,)):
+            if chat.question.casefold() not in seen:
+                seen.add(chat.question.casefold())
+                rows.append(json.loads(chat.to_json()) | {"topic": topic})
+    return rows
