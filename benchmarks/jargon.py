@@ -1,8 +1,9 @@
 """The Jargon File as questions and answers: a task that a small model gets visibly better at.
 
-Source: Debian's package `dict-jargon` 4.4.7 (public domain). Each dictionary entry becomes the prompt "What does
-HEADWORD mean?" and, as completion, its definition with line breaks joined. Definitions shorter than 20 characters
-are left out; 2,266 remain. Shuffled with seed 0, the last 256 are for evaluation and the other 2,010 for training.
+Source: Debian's package `dict-jargon` 4.4.7 (public domain). Each dictionary entry becomes the prompt "What
+does HEADWORD mean?" and, as completion, its definition with line breaks joined. Definitions shorter than 20
+characters are left out; 2,266 remain. Shuffled with seed 0, the last 256 are for evaluation and the other
+2,010 for training.
 
     apt-get download dict-jargon && dpkg -x dict-jargon_*.deb jargon
     python benchmarks/jargon.py jargon/usr/share/dictd FOLDER
