@@ -1,15 +1,16 @@
 """Quality of the modes on a real task: how much of full LoRA's gain each keeps, and what it moves.
 
-SmolLM2-135M on the Jargon File (`jargon.py`): 2,010 training and 256 evaluation entries cut to 128 tokens, three
-epochs, batches of 16, LoRA r=16 on all linears of the blocks that stay at the edge, AdamW, cosine schedule with
-30 warm-up steps, loss on the definition only. Everything runs in one process: the whole model with the real
-codecs at both cuts, forward and backward, which is what the split model computes (tests/exactness). bf16 autocast.
+SmolLM2-135M on the Jargon File (`jargon.py`): 2,010 training and 256 evaluation entries cut to 128 tokens,
+three epochs, batches of 16, LoRA r=16 on all linears of the blocks that stay at the edge, AdamW, cosine
+schedule with 30 warm-up steps, loss on the definition only. Everything runs in one process: the whole model
+with the real codecs at both cuts, forward and backward, which is what the split model computes
+(tests/exactness). bf16 autocast.
 
     python benchmarks/modes.py --model FOLDER --data FOLDER --modes full,ushape-4:4 --seeds 0,1,2 --lr 1e-3
 
-Prints one JSON line per mode and seed: loss in nats per learned token before and after, and the bytes that cross
-over the whole run per token of the data set. `--summary FILES` joins such lines into the table of docs/modes.md,
-each mode at its better learning rate, with `share_of_full_lora_gain`.
+Prints one JSON line per mode and seed: loss in nats per learned token before and after, and the bytes that
+cross over the whole run per token of the data set. `--summary FILES` joins such lines into the table of
+docs/modes.md, each mode at its better learning rate, with `share_of_full_lora_gain`.
 """
 
 import argparse
