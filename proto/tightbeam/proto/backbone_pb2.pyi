@@ -84,6 +84,7 @@ class Card(_message.Message):
     PRICES_FIELD_NUMBER: _builtins.int
     KEY_BUNDLE_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
+    TAP_OFFER_FIELD_NUMBER: _builtins.int
     protocol: _builtins.str
     """"tightbeam/1" """
     version: _builtins.str
@@ -114,6 +115,10 @@ class Card(_message.Message):
     def blobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blob]:
         """every blob of the model; an edge downloads only those of its cut"""
 
+    @_builtins.property
+    def tap_offer(self) -> Global___TapOffer:
+        """inner hidden states that a forward may ask for"""
+
     def __init__(
         self,
         *,
@@ -131,14 +136,71 @@ class Card(_message.Message):
         prices: Global___Prices | None = ...,
         key_bundle: Global___KeyBundle | None = ...,
         blobs: _abc.Iterable[Global___Blob] | None = ...,
+        tap_offer: Global___TapOffer | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cut_policy", b"cut_policy", "key_bundle", b"key_bundle", "limits", b"limits", "prices", b"prices"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cut_policy", b"cut_policy", "key_bundle", b"key_bundle", "limits", b"limits", "prices", b"prices", "tap_offer", b"tap_offer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "codecs", b"codecs", "config_json", b"config_json", "cut_policy", b"cut_policy", "dtype", b"dtype", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "key_bundle", b"key_bundle", "limits", b"limits", "model", b"model", "num_blocks", b"num_blocks", "prices", b"prices", "protocol", b"protocol", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "codecs", b"codecs", "config_json", b"config_json", "cut_policy", b"cut_policy", "dtype", b"dtype", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "key_bundle", b"key_bundle", "limits", b"limits", "model", b"model", "num_blocks", b"num_blocks", "prices", b"prices", "protocol", b"protocol", "tap_offer", b"tap_offer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Card: _TypeAlias = Card  # noqa: Y015
+
+@_typing.final
+class TapOffer(_message.Message):
+    """A tap is the hidden state that a block of the trunk puts out, raw or through a published projection."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    MAX_TAPS_FIELD_NUMBER: _builtins.int
+    PROJECTIONS_FIELD_NUMBER: _builtins.int
+    max_taps: _builtins.int
+    """in one step"""
+    @_builtins.property
+    def blocks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """that may be tapped, where they are in the trunk of the edge's cut"""
+
+    @_builtins.property
+    def projections(self) -> _containers.RepeatedCompositeFieldContainer[Global___Projection]: ...
+    def __init__(
+        self,
+        *,
+        blocks: _abc.Iterable[_builtins.int] | None = ...,
+        max_taps: _builtins.int = ...,
+        projections: _abc.Iterable[Global___Projection] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "max_taps", b"max_taps", "projections", b"projections"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TapOffer: _TypeAlias = TapOffer  # noqa: Y015
+
+@_typing.final
+class Projection(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    SIZE_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.str
+    """hex, of the file; among the card's blobs as "projection.<first 12 digits>" """
+    size: _builtins.int
+    """elements per token and tap"""
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.str = ...,
+        size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["sha256", b"sha256", "size", b"size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Projection: _TypeAlias = Projection  # noqa: Y015
 
 @_typing.final
 class CutPolicy(_message.Message):
@@ -226,7 +288,7 @@ class Blob(_message.Message):
     SHA256_FIELD_NUMBER: _builtins.int
     NUM_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"block.3", "embedding", "head", "rest", "file/tokenizer.json" """
+    """"block.3", "embedding", "head", "rest", "file/tokenizer.json", "projection.1f..." """
     sha256: _builtins.str
     """hex"""
     num_bytes: _builtins.int
@@ -410,7 +472,7 @@ class TensorSpec(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"hidden", "grad_hidden" """
+    """"hidden", "grad_hidden", "tap.7" """
     codec: _builtins.str
     dtype: _builtins.str
     """of the tensor before coding"""
@@ -446,11 +508,15 @@ class StepRequest(_message.Message):
     RUN_STARTS_FIELD_NUMBER: _builtins.int
     RUN_LENGTHS_FIELD_NUMBER: _builtins.int
     TENSORS_FIELD_NUMBER: _builtins.int
+    TAPS_FIELD_NUMBER: _builtins.int
+    PROJECTION_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: Global___StepKind.ValueType
     keep: _builtins.bool
     """FORWARD: a BACKWARD will follow"""
     reply_codec: _builtins.str
+    projection: _builtins.str
+    """SHA-256 of the one to pass them through; empty: raw"""
     @_builtins.property
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """tokens of each segment"""
@@ -465,6 +531,10 @@ class StepRequest(_message.Message):
 
     @_builtins.property
     def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
+    @_builtins.property
+    def taps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """FORWARD without keep: blocks whose output comes back too, ascending"""
+
     def __init__(
         self,
         *,
@@ -476,10 +546,12 @@ class StepRequest(_message.Message):
         run_starts: _abc.Iterable[_builtins.int] | None = ...,
         run_lengths: _abc.Iterable[_builtins.int] | None = ...,
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
+        taps: _abc.Iterable[_builtins.int] | None = ...,
+        projection: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "kind", b"kind", "lengths", b"lengths", "reply_codec", b"reply_codec", "run_lengths", b"run_lengths", "run_starts", b"run_starts", "step", b"step", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "kind", b"kind", "lengths", b"lengths", "projection", b"projection", "reply_codec", b"reply_codec", "run_lengths", b"run_lengths", "run_starts", b"run_starts", "step", b"step", "taps", b"taps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
