@@ -157,6 +157,7 @@ def test_an_expired_identity(secured: Cloud, certs: Path, tmp_path: Path) -> Non
     assert_told(finished, 3, r"Expired on .*late/identity\.crt.*tightbeam certs init")
 
 
+@pytest.mark.slow  # the edge tries for ten seconds
 def test_an_expired_identity_of_an_edge_that_does_not_look(
     secured: Cloud, certs: Path, tmp_path: Path
 ) -> None:
