@@ -8,6 +8,7 @@ Nothing heavy is imported here. `config_yaml` reads the file, `config_errors` wo
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
@@ -21,6 +22,7 @@ from tightbeam.common.errors import RecipeError
 
 __all__ = [
     "AdapterSection",
+    "CacheSection",
     "Codecs",
     "DataSection",
     "ModelSection",
@@ -175,11 +177,46 @@ class TrainSection(Section):
         default=None, ge=1, description="CPU threads of torch; its own choice if left out."
     )
 
+    freeze_bottom_after: float | str | None = Field(
+        default=None,
+        description="When a ushape run freezes its bottom and goes on as top: epochs, `N steps`, or auto.",
+    )
+    max_mb: float | None = Field(
+        default=None,
+        gt=0,
+        description="Most that the steps may move, 10^6 wire bytes; the run freezes or stops before it.",
+    )
+
+    @field_validator("freeze_bottom_after")
+    @classmethod
+    def _known_freeze(cls, value: float | str | None) -> float | str | None:
+        if isinstance(value, str) and not re.fullmatch(r"auto|[1-9]\d* steps?", value):
+            raise ValueError("should be a number of epochs, `N steps`, or auto")
+        if isinstance(value, float | int) and value <= 0:
+            raise ValueError("should be more than 0 epochs; mode top trains no bottom at all")
+        return value
+
     @model_validator(mode="after")
     def _one_length(self) -> Self:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give exactly one of epochs and steps (null takes a key away)")
         return self
+
+
+class CacheSection(Section):
+    """Where activations that cross once are kept, sealed, for the epochs to come."""
+
+    enabled: bool = Field(
+        default=True, description="Keep them; else they cross in every epoch, though no bottom is trained."
+    )
+    dir: Path | None = Field(
+        default=None, description="Folder, which runs may share one after another; the run's own if left out."
+    )
+    max_gb: float = Field(
+        default=20.0,
+        gt=0,
+        description="Most disk space, 10^9 bytes; what does not fit crosses in every epoch.",
+    )
 
 
 class OutputSection(Section):
@@ -200,12 +237,21 @@ class Recipe(Section):
     cut: str = Field(
         description="k:m, the first k and the last m blocks stay at the edge.", pattern=r"^\d+:\d+$"
     )
-    mode: Literal["ushape"] = Field(default="ushape", description="How training uses the trunk.")
+    mode: Literal["ushape", "top"] = Field(
+        default="ushape", description="How training uses the trunk: see docs/modes.md."
+    )
     codec: Codecs = Field(default_factory=Codecs, description="How tensors become bytes.")
     adapter: AdapterSection = Field(default_factory=AdapterSection, description="What is trained.")
     data: DataSection
     train: TrainSection
+    cache: CacheSection = Field(default_factory=CacheSection, description="Activations kept at the edge.")
     output: OutputSection
+
+    @model_validator(mode="after")
+    def _freezable(self) -> Self:
+        if self.mode != "ushape" and self.train.freeze_bottom_after is not None:
+            raise ValueError(f"train.freeze_bottom_after is for mode ushape, not {self.mode}")
+        return self
 
     @field_validator("codec", mode="before")
     @classmethod
@@ -239,6 +285,8 @@ class Recipe(Section):
             del plain["model"][key]
         for key in ("eval_every", "checkpoint_every", "keep_checkpoints", "threads"):
             del plain["train"][key]
+        for key in ("dir", "max_gb"):
+            del plain["cache"][key]
         del plain["output"]
         return plain
 

@@ -20,6 +20,7 @@
     |-- FederationError            a federated round cannot go on with what it got
     |   |-- UpdateRefusedError     an adapter update that cannot be aggregated: names client and tensor
     |   `-- CohortError            fewer clients than the round needs
+    |-- BudgetError                the recipe's limit of traffic would be exceeded
     |-- UnknownStepError           the cloud no longer holds this step: send the inputs again
     |-- UnknownBaseError           the cloud does not hold what a delta is against: send whole values
     |-- CloudBusyError             over a limit now, not for ever: transient
@@ -32,6 +33,7 @@ says whether the same request may succeed later; everything else is never retrie
 from typing import ClassVar
 
 __all__ = [
+    "BudgetError",
     "CloudBusyError",
     "CloudUnavailableError",
     "CodecError",
@@ -189,6 +191,12 @@ class CohortError(FederationError):
     """Fewer clients than the round needs: for its threshold, or for anybody to hide among them."""
 
     code = "cohort"
+
+
+class BudgetError(TightbeamError):
+    """The next step would exceed `train.max_mb`; what was trained so far is saved."""
+
+    code, status = "budget", "FAILED_PRECONDITION"
 
 
 class UnknownStepError(TightbeamError):

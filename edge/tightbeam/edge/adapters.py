@@ -40,14 +40,16 @@ _DIALS = {
 }
 
 
-def attach_adapter(model: PreTrainedModel, section: AdapterSection) -> PeftModel:
+def attach_adapter(model: PreTrainedModel, section: AdapterSection, blocks: range | None = None) -> PeftModel:
     """Wrap the model with a fresh adapter, drawn from torch's current random state.
+
+    `blocks` are those that get it; all that are at the edge if left out.
 
     Raises:
         RecipeError: see `build_peft_config`; also when PEFT refuses the combination.
 
     """
-    config = build_peft_config(section, model)
+    config = build_peft_config(section, model, blocks)
     try:
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 for a property under its former name.
@@ -59,7 +61,9 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection) -> PeftModel
         ) from error
 
 
-def build_peft_config(section: AdapterSection, model: PreTrainedModel) -> PeftConfig:
+def build_peft_config(
+    section: AdapterSection, model: PreTrainedModel, blocks: range | None = None
+) -> PeftConfig:
     """Build the method's PEFT config.
 
     Raises:
@@ -78,7 +82,11 @@ def build_peft_config(section: AdapterSection, model: PreTrainedModel) -> PeftCo
                 cure=f"The PEFT documentation of {method} lists them.",
             )
     if "target_modules" in known:
-        arguments["target_modules"] = resolve_targets(model, section.target_modules)
+        arguments["target_modules"] = resolve_targets(model, section.target_modules, blocks)
+    elif blocks is not None:
+        raise RecipeError(
+            f"{method} acts below the top blocks, which this mode does not train.", cure="Use lora."
+        )
     if "fan_in_fan_out" in known and any(isinstance(module, Conv1D) for module in model.modules()):
         arguments.setdefault("fan_in_fan_out", True)  # GPT-2 keeps its matrices transposed
     try:
@@ -121,7 +129,7 @@ def _dials(section: AdapterSection, known: set[str]) -> dict[str, Any]:
     return arguments
 
 
-def resolve_targets(model: PreTrainedModel, targets: str | list[str]) -> str:
+def resolve_targets(model: PreTrainedModel, targets: str | list[str], blocks: range | None = None) -> str:
     """Regular expression that matches exactly the full names of the target modules present at the edge.
 
     `all-linear` takes every linear layer but the output head; a list takes the modules whose name is an entry
@@ -131,8 +139,8 @@ def resolve_targets(model: PreTrainedModel, targets: str | list[str]) -> str:
         RecipeError: an entry finds no module.
 
     """
-    names = dict(model.named_modules())
-    linear = _linear_names(model)
+    names = {n: m for n, m in model.named_modules() if blocks is None or _block_of(n) in blocks}
+    linear = [name for name in _linear_names(model) if name in names]
     if targets == "all-linear":
         return _expression(linear)
     found: list[str] = []
@@ -146,6 +154,12 @@ def resolve_targets(model: PreTrainedModel, targets: str | list[str]) -> str:
             )
         found += matches
     return _expression(sorted(set(found), key=list(names).index))
+
+
+def _block_of(name: str) -> int:
+    """Index of the block that a module is in; -1 outside of blocks."""
+    block = re.match(r".*?\.(\d+)\.", name)
+    return int(block[1]) if block else -1
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

@@ -18,7 +18,7 @@ import random
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,8 @@ class Position:
     epoch: int = 0
     batch: int = 0  # micro-batches done of this epoch
     tokens: int = 0  # real tokens trained on, whole run
+    wire_bytes: int = 0  # moved by steps, whole run
+    mode: dict[str, Any] = field(default_factory=dict)  # what the mode must remember
 
 
 @dataclass(frozen=True)

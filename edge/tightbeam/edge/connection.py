@@ -30,6 +30,7 @@ from tightbeam.common.wire.codecs import lossless
 from tightbeam.common.wire.handshake import ClientHandshake, verify_bundle
 from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
 from tightbeam.common.wire.stepping import TENANT_KEY
+from tightbeam.edge.cache.keys import identity_secret
 from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
 from tightbeam.edge.split_model import build_split_model
 from tightbeam.edge.stepper import RetryPolicy, Stepper
@@ -315,6 +316,11 @@ class Cloud:
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return () if self._tls else ((TENANT_KEY, self._identity.name),)
+
+    @property
+    def cache_secret(self) -> bytes | None:
+        """What this edge's activation cache is sealed with; None without an identity of its own."""
+        return identity_secret(self._identity) if self._tls else None
 
     @property
     def config(self) -> dict[str, Any]:

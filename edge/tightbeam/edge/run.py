@@ -92,4 +92,5 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
         fingerprint=cloud.card.fingerprint,
         run=run,
         ledger_rows=rows.others,
+        cache_secret=cloud.cache_secret,
     )

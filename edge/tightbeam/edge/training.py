@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,16 +22,16 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from tightbeam.common.config import Recipe
-from tightbeam.common.costs.flops import EdgeFlops
 from tightbeam.common.costs.meter import JsonlLedger, peak_memory_bytes
 from tightbeam.common.costs.rows import StepBytes, StepRow
-from tightbeam.common.errors import NonFiniteError
+from tightbeam.common.errors import BudgetError, NonFiniteError
 from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
 from tightbeam.edge.data import IGNORED, Example, collate, load_dataset, split_examples
 from tightbeam.edge.export import save_adapter
 from tightbeam.edge.interrupts import StopRequest
+from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.progress import TrainingProgress
 from tightbeam.edge.records import read_records
@@ -60,6 +60,7 @@ class LoadedModel:
     fingerprint: str = ""
     run: str = ""  # the run's name on the wire; the recipe's output.name when empty
     ledger_rows: Sequence[dict[str, Any]] = ()  # what loading itself cost: "transfer" rows
+    cache_secret: bytes | None = None  # seals the cache of activations; None for an edge without identity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,10 @@ class _Training:
     folder: RunFolder
     console: Console
     ledger: JsonlLedger = field(init=False)
+    mode: Mode = field(init=False)
     moved: StepBytes = field(default_factory=StepBytes)
     tokens: int = 0
+    wire_bytes_before: int = 0  # by earlier processes of this run
     eval_losses: list[float] = field(default_factory=list)
     last_loss: float | None = None
 
@@ -124,7 +127,9 @@ class _Training:
         self.train, self.eval = self._load_data()
         self.plan = Plan(len(self.train), self.recipe.train, self.recipe.data.shuffle_seed)
         _seed_everything(self.recipe.train.seed)
-        self.model: PeftModel = attach_adapter(self.loaded.model, self.recipe.adapter)
+        self.model: PeftModel = attach_adapter(
+            self.loaded.model, self.recipe.adapter, trained_blocks(self.recipe, self.loaded.model)
+        )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         section = self.recipe.train
         self.optimizer = torch.optim.AdamW(self.trained, lr=section.lr, weight_decay=section.weight_decay)
@@ -134,12 +139,19 @@ class _Training:
             num_warmup_steps=section.warmup_steps,
             num_training_steps=self.plan.total_steps,
         )
-        self.flops = EdgeFlops.from_model(self.model)
 
     def run(self, resume: bool) -> TrainResult:
         """Train from the start or the last checkpoint to the end, or to an interrupt."""
         start = self._resume() if resume else Position()
-        self.tokens = start.tokens
+        self.tokens, self.wire_bytes_before = start.tokens, start.wire_bytes
+        self.mode = mode_for(self._job())
+        try:
+            self.mode.restore(start.mode)
+            return self._run(start)
+        finally:
+            self.mode.close()
+
+    def _run(self, start: Position) -> TrainResult:
         self.metrics = MetricsFile(self.folder.metrics, after_step=start.optimizer_step)
         self._describe()
         with (
@@ -168,7 +180,12 @@ class _Training:
             self._evaluate(0)
         done, saved = first, first
         while done < self.plan.total_steps and not stop.requested:
-            loss_row = self._optimizer_step(done)
+            try:
+                loss_row = self._optimizer_step(done)
+            except BudgetError:
+                if saved != done:
+                    self._checkpoint(done)
+                raise
             done += 1
             last = done == self.plan.total_steps
             if last or (section.eval_every and done % section.eval_every == 0):
@@ -184,15 +201,16 @@ class _Training:
     def _optimizer_step(self, step: int) -> dict[str, Any]:
         """Run one optimizer step; the weights change only when loss and gradients are finite."""
         began = time.perf_counter()
+        self.mode.before_step(step)
         self.model.train()
         batches = [self._batch(self.train, rows) for rows in self.plan.micro_batches(step)]
         learned = [_num_learned(batch) for batch in batches]
         loss, edge_flops = 0.0, 0
         for batch, count in zip(batches, learned, strict=True):
-            share = self.model(**batch, use_cache=False).loss * (count / sum(learned))
+            share = self.mode.loss(batch) * (count / sum(learned))
             loss += _finite(float(share.detach()), "loss", step + 1)
             share.backward()
-            edge_flops += self._edge_flops(batch)
+            edge_flops += self.mode.flops(batch)
         limit = self.recipe.train.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.trained, limit))
         _finite(norm, "gradient norm", step + 1)
@@ -239,13 +257,14 @@ class _Training:
         """Mean loss over all learned tokens of the evaluation data, in nats."""
         if not self.eval:
             return None
+        self.mode.before_evaluation()
         self.model.eval()
         total, learned, tokens = 0.0, 0, 0
         for start in range(0, len(self.eval), self.recipe.train.batch_size):
             rows = range(start, min(start + self.recipe.train.batch_size, len(self.eval)))
             batch = self._batch(self.eval, rows)
             count = _num_learned(batch)
-            total += float(self.model(**batch, use_cache=False).loss) * count
+            total += float(self.mode.loss(batch)) * count
             learned += count
             tokens += int(batch["attention_mask"].sum())
         self._drain()
@@ -297,13 +316,32 @@ class _Training:
             numbers_sha256=self.recipe.numbers_sha256(),
         )
 
+    def _job(self) -> Job:
+        return Job(
+            recipe=self.recipe,
+            model=self.model,
+            plan=self.plan,
+            train=self.train,
+            eval=self.eval,
+            fingerprint=self.loaded.fingerprint,
+            cache_folder=self.recipe.cache.dir or self.folder.path / "cache",
+            cache_secret=self.loaded.cache_secret,
+            say=lambda line: self.console.print(line, style="yellow", markup=False, highlight=False),
+            moved_bytes=self._moved_bytes,
+        )
+
+    def _moved_bytes(self) -> int:
+        return self.wire_bytes_before + self.moved.wire_total_bytes
+
     def _checkpoint(self, done: int) -> None:
+        self.mode.before_checkpoint()
+        position = self.plan.position(done, self.tokens)
         save_checkpoint(
             self.folder.checkpoints,
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            position=self.plan.position(done, self.tokens),
+            position=replace(position, wire_bytes=self._moved_bytes(), mode=self.mode.state()),
             random_state=RandomState.capture(),
             numbers_sha256=self.recipe.numbers_sha256(),
             keep=self.recipe.train.keep_checkpoints,
@@ -343,10 +381,6 @@ class _Training:
             self.moved = self.moved + row.bytes
             away_s += row.network_s + row.cloud_queue_s + row.cloud_compute_s + row.codec_s + row.seal_s
         return away_s
-
-    def _edge_flops(self, batch: dict[str, Tensor]) -> int:
-        size, length = batch["input_ids"].shape
-        return self.flops.forward(size, length) + self.flops.backward(size, length)
 
     def _result(self, done: int, adapter: Path | None) -> TrainResult:
         return TrainResult(

@@ -13,7 +13,7 @@ import torch
 
 from tightbeam.common.backbone import Segments, SegmentTable
 from tightbeam.edge.cache.keys import sample_digest
-from tightbeam.edge.cache.shortcut import TrunkShortcut
+from tightbeam.edge.cache.shortcut import TrunkShortcut, bottom_output
 from tightbeam.edge.stepper import Flight
 
 __all__ = ["Filler", "Sample"]
@@ -77,17 +77,16 @@ class Filler:
             return
         lengths = tuple(len(sample.input_ids) for sample in group)
         segments = Segments(lengths, torch.cat([torch.arange(n) for n in lengths]))
-        device = self._shortcut.parts.device
+        parts = self._shortcut.parts
         ids = [token for sample in group for token in sample.input_ids]
-        hidden_ND, seen = self._shortcut.bottom(
-            input_ids=torch.tensor([ids], device=device),
-            position_ids=segments.positions_N[None].to(device),
-            segments=SegmentTable(segments, device),
+        hidden_ND, seen = bottom_output(
+            parts,
+            input_ids=torch.tensor([ids], device=parts.device),
+            position_ids=segments.positions_N[None].to(parts.device),
+            segments=SegmentTable(segments, parts.device),
         )
         assert seen.lengths == lengths
-        self._flights.append(
-            (group, segments, self._shortcut.parts.trunk.stepper.submit(hidden_ND, segments))
-        )
+        self._flights.append((group, segments, parts.trunk.stepper.submit(hidden_ND, segments)))
 
     def _collect(self) -> None:
         group, segments, flight = self._flights.popleft()

@@ -27,7 +27,7 @@ from tightbeam.edge.cache.store import ActivationCache
 from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
 from tightbeam.edge.stepper import Answer
 
-__all__ = ["FrozenParts", "TrunkShortcut", "passed_through"]
+__all__ = ["FrozenParts", "TrunkShortcut", "bottom_output", "passed_through"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,31 @@ def passed_through(blocks: nn.ModuleList, span: range) -> Iterator[None]:
             blocks[i] = block
 
 
+@torch.no_grad()
+def bottom_output(parts: FrozenParts, **inputs: Any) -> tuple[Tensor, Segments]:
+    """The trunk's input for the model's `inputs`, `[N, D]`: embeddings and bottom blocks only."""
+    captured = _Capture()
+    before, parts.trunk.shortcut = parts.trunk.shortcut, captured
+    try:
+        with passed_through(parts.blocks, parts.top):
+            parts.owner(**inputs, use_cache=False)
+    finally:
+        parts.trunk.shortcut = before
+    (found,) = captured.inputs
+    return found
+
+
+class _Capture:
+    """A shortcut that notes the trunk's input and hands it on unchanged."""
+
+    def __init__(self) -> None:
+        self.inputs: list[tuple[Tensor, Segments]] = []
+
+    def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
+        self.inputs.append((hidden_ND, segments))
+        return hidden_ND
+
+
 @dataclass(slots=True)
 class _Lookup:
     """One forward's samples and what the cache has of them."""
@@ -108,7 +133,6 @@ class TrunkShortcut:
         self._dtype, self._width = dtype, width
         self._wire_codec = parts.trunk.stepper.codecs.activations_down
         self._lookup: _Lookup | None = None
-        self._capture: list[tuple[Tensor, Segments]] | None = None
         self._bypass: Any = None
         self.forwards_without_bottom = 0
         self._hooks = [
@@ -123,17 +147,6 @@ class TrunkShortcut:
             hook.remove()
         self.parts.trunk.shortcut = None
 
-    def bottom(self, **inputs: Any) -> tuple[Tensor, Segments]:
-        """The trunk's input for `inputs`, `[N, D]`: embeddings and bottom blocks only."""
-        self._capture = []
-        try:
-            with torch.no_grad(), passed_through(self.parts.blocks, self.parts.top):
-                self.parts.owner(**inputs, use_cache=False)
-            (captured,) = self._capture
-            return captured
-        finally:
-            self._capture = None
-
     def keep(self, answer: Answer, segments: Segments, digests: Sequence[bytes]) -> None:
         """Put a reply into the cache, sample by sample."""
         assert self.cache is not None
@@ -143,9 +156,6 @@ class TrunkShortcut:
 
     def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the trunk, `[N, D]` on the CPU."""
-        if self._capture is not None:
-            self._capture.append((hidden_ND, segments))
-            return hidden_ND.cpu()
         lookup = self._lookup
         if lookup is None:
             return self.parts.trunk.stepper.forward(hidden_ND, segments, keep=False)[0]
@@ -177,7 +187,7 @@ class TrunkShortcut:
         for i in self.parts.bottom:
             self.parts.blocks[i].eval()
         self._lookup = None
-        if self._capture is not None or self.cache is None:
+        if self.cache is None or self.parts.trunk.shortcut is not self:
             return
         inputs = _sample_inputs(args, kwargs)
         if inputs is None:

@@ -1,0 +1,67 @@
+"""`train.max_mb`: what the coming step will move, so that a run stops before its budget and not after it.
+
+Payloads are known to the byte from the codecs; framing, seals and TLS are bounded from above.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from peft import PeftModel
+
+from tightbeam.common.config import Recipe
+from tightbeam.common.costs.modes import TokenBytes
+from tightbeam.common.errors import BudgetError
+from tightbeam.edge.cache.shortcut import FrozenParts
+from tightbeam.edge.data import Example
+
+__all__ = ["Budget"]
+
+_OVERHEAD = 1.02  # wire over payload bytes: tags, HTTP/2 frames and TLS stay below 2 %
+_STEP_BYTES = 1500  # headers of one step, both directions
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """Upper bounds of wire bytes, steps only: weights are fetched once for all runs and not counted."""
+
+    max_bytes: float  # infinite without a budget
+    forward_per_token: float = 0.0
+    training_per_token: float = 0.0
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: PeftModel) -> "Budget":
+        """The recipe's; unlimited without `train.max_mb`."""
+        if recipe.train.max_mb is None:
+            return cls(float("inf"))
+        base = model.get_base_model()
+        codecs = FrozenParts.of(base).trunk.stepper.codecs
+        width = int(base.config.get_text_config().hidden_size)
+        row = TokenBytes.of(width, codecs.model_dump())
+        return cls(recipe.train.max_mb * 1e6, row.forward, row.training)
+
+    def training(self, examples: Iterable[Example]) -> float:
+        """Bytes of a forward and a backward over examples."""
+        return _bytes(examples, self.training_per_token)
+
+    def forward(self, examples: Iterable[Example]) -> float:
+        """Bytes of a forward alone."""
+        return _bytes(examples, self.forward_per_token)
+
+    def allows(self, moved_bytes: int, next_bytes: float) -> bool:
+        """Whether so much more fits."""
+        return moved_bytes + next_bytes <= self.max_bytes
+
+    def check(self, moved_bytes: int, next_bytes: float, step: int) -> None:
+        """Raise `BudgetError` when so much more does not fit."""
+        if not self.allows(moved_bytes, next_bytes):
+            raise BudgetError(
+                f"After {step} optimizer steps {moved_bytes / 1e6:.1f} MB have crossed; the next needs up to "
+                f"{next_bytes / 1e6:.1f} MB, and train.max_mb is {self.max_bytes / 1e6:g}.",
+                cure="Set train.freeze_bottom_after: auto, a smaller codec, or a larger train.max_mb.",
+            )
+
+
+def _bytes(examples: Iterable[Example], per_token: float) -> float:
+    sizes = [len(example.input_ids) for example in examples]
+    # Every example may travel in a step of its own.
+    return sum(sizes) * per_token * _OVERHEAD + len(sizes) * _STEP_BYTES

@@ -1,0 +1,138 @@
+"""The phase in which nothing at or below the cut is trained: samples cross once, then come from the cache.
+
+Mode `top` is in it from the start, a freezing `ushape` enters it on the way. Training starts while the cache
+fills, in the order in which the samples are first needed. All forwards run on packed rows.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from tightbeam.common.costs.flops import EdgeFlops, linear_params
+from tightbeam.edge.cache import ActivationCache
+from tightbeam.edge.cache.filler import Filler, Sample
+from tightbeam.edge.cache.shortcut import FrozenParts, TrunkShortcut, passed_through
+from tightbeam.edge.data import Example
+from tightbeam.edge.modes.base import Job
+from tightbeam.edge.modes.packed import PackedBatch, packed_attention_in, packed_loss
+
+__all__ = ["FrozenPhase", "freeze_below"]
+
+
+class FrozenPhase:
+    """From optimizer step `start_step` on, until `close()`."""
+
+    def __init__(self, job: Job, start_step: int) -> None:
+        base = job.model.get_base_model()
+        self.job, self.start_step = job, start_step
+        self.parts = FrozenParts.of(base)
+        self.bottom_sha256 = freeze_below(job, self.parts)
+        self._stack = ExitStack()
+        self.cache: ActivationCache | None = None
+        self.filler: Filler | None = None
+        with ExitStack() as stack:
+            section = job.recipe.cache
+            width = int(base.config.get_text_config().hidden_size)
+            if section.enabled:
+                scope = self.parts.scope(
+                    job.fingerprint, job.recipe.cut, self.bottom_sha256, base.dtype, width
+                )
+                self.cache = stack.enter_context(
+                    ActivationCache(
+                        job.cache_folder,
+                        scope,
+                        secret=job.cache_secret,
+                        max_bytes=int(section.max_gb * 1e9),
+                        warn=job.say,
+                    )
+                )
+            self.shortcut = TrunkShortcut(self.parts, self.cache, base.dtype, width)
+            stack.callback(self.shortcut.remove)
+            stack.enter_context(packed_attention_in(base))
+            if self.cache is not None:
+                self.filler = Filler(self.shortcut, self._groups())
+            self._count_flops()
+            self._stack = stack.pop_all()
+
+    def before_step(self, step: int) -> None:
+        """Have the step's samples in the cache, and some of the next on their way."""
+        if self.filler is not None:
+            self.filler.ensure(Sample(e.input_ids).digest for e in self.job.rows_of(step))
+
+    def missing(self, examples: Iterable[Example]) -> list[Example]:
+        """Those of `examples` that will have to cross."""
+        if self.cache is None:
+            return list(examples)
+        return [example for example in examples if Sample(example.input_ids).digest not in self.cache]
+
+    def before_evaluation(self) -> None:
+        """Have the evaluation's samples in the cache."""
+        if self.filler is not None:
+            self.filler.ensure(Sample(e.input_ids).digest for e in self.job.eval)
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss over the learned tokens; labels stay here, only missing activations cross."""
+        return packed_loss(self.job.model, PackedBatch.of(batch))
+
+    def flops(self, batch: dict[str, Tensor]) -> int:
+        """Operations of the top blocks on real tokens, and of the head on learned ones."""
+        packed = PackedBatch.of(batch)
+        lengths, learned = packed.segments.lengths, len(packed.place_L)
+        linear = (self._top.forward_weights + self._top.backward_weights - 2 * self._head_weights) * sum(
+            lengths
+        )
+        attention = self._top.forward_attention + self._top.backward_attention
+        return 2 * (linear + 2 * self._head_weights * learned) + attention * sum(n * n for n in lengths)
+
+    def commit(self) -> None:
+        """Put on disk what the cache holds."""
+        if self.cache is not None:
+            self.cache.commit()
+
+    def close(self) -> None:
+        """Give the model back as an ordinary split model, and write the cache."""
+        self._stack.close()
+
+    def _count_flops(self) -> None:
+        head = self.job.model.get_base_model().get_output_embeddings()
+        self._head_weights = linear_params(head) if head is not None else 0
+        with passed_through(self.parts.blocks, self.parts.bottom):
+            self._top = EdgeFlops.from_model(self.job.model)
+
+    def _groups(self) -> Iterator[list[Sample]]:
+        """Samples as training first needs them from `start_step` on, then those of the evaluation."""
+        plan, size = self.job.plan, self.job.recipe.train.batch_size
+        for step in range(self.start_step, self.start_step + 2 * plan.steps_per_epoch):
+            for batch in plan.micro_batches(step):
+                yield _samples(self.job.train[row] for row in batch)
+        for start in range(0, len(self.job.eval), size):
+            yield _samples(self.job.eval[start : start + size])
+
+
+def freeze_below(job: Job, parts: FrozenParts) -> str:
+    """Train nothing below the cut any more; gives SHA-256 over what was trained there, or ""."""
+    below = [parts.blocks[i] for i in parts.bottom] + [
+        child for name, child in parts.owner.named_children() if name == "project_in" or _embeds(child)
+    ]
+    inside = {id(p) for module in below for p in module.parameters()}
+    digest, found = hashlib.sha256(), False
+    for name, parameter in job.model.named_parameters():
+        if id(parameter) in inside and parameter.requires_grad:
+            found = True
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+            values = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(values.numpy().tobytes())
+            parameter.requires_grad_(False)
+            parameter.grad = None  # an optimizer passes over what has none, and keeps its state
+    return digest.hexdigest() if found else ""
+
+
+def _embeds(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Embedding) for inner in module.modules())
+
+
+def _samples(examples: Iterable[Example] | Sequence[Example]) -> list[Sample]:
+    return [Sample(example.input_ids) for example in examples]

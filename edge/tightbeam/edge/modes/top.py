@@ -1,0 +1,60 @@
+"""Mode `top`: an adapter on the top blocks only, on activations that cross once and are cached.
+
+Gradients and labels never cross: nothing below the cut asks for a gradient, so no backward ever follows.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from tightbeam.common.errors import RecipeError
+from tightbeam.edge.modes.base import Job, Mode
+from tightbeam.edge.modes.frozen import FrozenPhase
+
+__all__ = ["Top"]
+
+
+class Top(Mode):
+    """Frozen from the first step to the last."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job)
+        self._phase = FrozenPhase(job, start_step=0)
+        if self._phase.bottom_sha256:
+            self._phase.close()
+            raise RecipeError(
+                "The adapter trains something below the cut, which mode top keeps frozen.",
+                cure="Take it out of adapter.extra, or use mode ushape.",
+            )
+        if job.recipe.cache.enabled:  # the pass is sent ahead of the steps, so it must fit as a whole
+            ahead = self._phase.missing([*job.train, *job.eval])
+            self.budget.check(job.moved_bytes(), self.budget.forward(ahead), 0)
+
+    def before_step(self, step: int) -> None:
+        """Fetch what the step needs, if it is not cached."""
+        missing = self._phase.missing(self.job.rows_of(step))
+        self.budget.check(self.job.moved_bytes(), self.budget.forward(missing), step)
+        self._phase.before_step(step)
+
+    def before_evaluation(self) -> None:
+        """Fetch the evaluation's samples, if they are not cached."""
+        self._phase.before_evaluation()
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Mean loss over the learned tokens."""
+        return self._phase.loss(batch)
+
+    def flops(self, batch: dict[str, Tensor]) -> int:
+        """Operations at the edge; the bottom's one pass is not among them."""
+        return self._phase.flops(batch)
+
+    def before_checkpoint(self) -> None:
+        """Write the cache, so that a resumed run reads the same bits."""
+        self._phase.commit()
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Nothing but the adapter changes in this mode."""
+
+    def close(self) -> None:
+        """Write and release the cache."""
+        self._phase.close()
