@@ -17,7 +17,7 @@ from tightbeam.common.backbone import Anatomy, Packer, Segments
 from tightbeam.common.errors import UsageError
 from tightbeam.edge.stepper import Stepper
 
-__all__ = ["PassThrough", "RemoteTrunk", "Shortcut"]
+__all__ = ["PassThrough", "RemoteTrunk", "Shortcut", "through_cloud"]
 
 
 class Shortcut(Protocol):
@@ -49,7 +49,7 @@ class RemoteTrunk(nn.Module):
         packer = Packer((batch, length), self._mask_BT, kwargs["position_ids"])
         hidden_ND = packer.pack(hidden_BTD)
         if self.shortcut is None:
-            return packer.unpack(_through_cloud(hidden_ND, self.stepper, packer.segments))
+            return packer.unpack(through_cloud(hidden_ND, self.stepper, packer.segments))
         if torch.is_grad_enabled() and hidden_ND.requires_grad:
             raise UsageError(
                 "Something below the cut is trained, so the trunk cannot answer from a cache.",
@@ -89,7 +89,8 @@ class PassThrough(nn.Module):
         return hidden_BTD
 
 
-def _through_cloud(hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
+def through_cloud(hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
+    """Hidden states after the trunk, `[N, D]`; differentiable in `hidden_ND`: a `Trunk` over the wire."""
     out_ND: Tensor = _CloudSpan.apply(hidden_ND, stepper, segments)  # type: ignore[no-untyped-call]
     return out_ND
 
