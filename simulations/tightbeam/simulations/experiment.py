@@ -51,7 +51,7 @@ def run_scenario(scenario: Scenario, *, resume: bool = False, console: Console |
         _run(scenario, address, identities, resume, console)
     from tightbeam.simulations.report import write_report
 
-    return write_report(folder)
+    return write_report(folder, scenario)
 
 
 def require_flower() -> None:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tightbeam.common.costs.schema import Edge, TimeBin
 
-__all__ = ["NUM_COLOURS", "bars_svg", "bytes_svg", "loss_svg"]
+__all__ = ["NUM_COLOURS", "bars_svg", "bytes_svg", "curves_svg", "loss_svg"]
 
 NUM_COLOURS: Final = 7
 _INK, _MUTED, _GRID = "#0a0b01", "#0a0b02", "#0a0b03"
@@ -75,6 +75,23 @@ def loss_svg(edges: Sequence[Edge]) -> str:
         axes.grid(axis="y")
         _legend(axes)
         return _svg(figure, "loss")
+
+
+def curves_svg(
+    name: str, curves: Mapping[str, Sequence[tuple[float, float]]], x_label: str, y_label: str
+) -> str:
+    """One marked curve per name, in the order given."""
+    with matplotlib.rc_context(_STYLE):
+        figure, axes = _canvas(3.0)
+        for index, (label, points) in enumerate(curves.items()):
+            colour = _SERIES[index % NUM_COLOURS]
+            axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=label)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.margins(x=0.01)
+        axes.grid(axis="y")
+        _legend(axes)
+        return _svg(figure, name)
 
 
 def bytes_svg(edges: Sequence[Edge]) -> str:

@@ -74,11 +74,7 @@ def layers(message: Message, context: Context) -> Message:
     def work(client: Client) -> RecordDict:
         with client.cloud(f"layers-{uuid.uuid4().hex[:8]}", []) as cloud:
             lent = _LENDER.lend(cloud, client.shape(), client.profile.options.codec)
-            facts = {
-                "shapes": lent.layers(),
-                "fingerprint": cloud.card.fingerprint,
-                "model": cloud.card.model,
-            }
+            facts = {"shapes": lent.layers(), "backbone": _backbone(cloud)}
         return _notes(client=client.profile.name, status="ok", layers=json.dumps(facts))
 
     return _answer(message, context, work)
@@ -213,6 +209,19 @@ def _cloud_flops(cloud: Cloud, cut: str, mode: str, tokens: int) -> int:
     total = sum(size for name, size in _blobs(cloud).items() if not name.startswith("file/"))
     weights = (total - edge) // (4 if cloud.card.dtype == "float32" else 2)
     return (4 if mode == "ushape" else 2) * tokens * weights
+
+
+def _backbone(cloud: Cloud) -> dict[str, Any]:
+    """What the report must know to say what the same experiment had cost otherwise."""
+    card, sizes = cloud.card, {n: size for n, size in _blobs(cloud).items() if not n.startswith("file/")}
+    return {
+        "model": card.model,
+        "fingerprint": card.fingerprint,
+        "dtype": card.dtype,
+        "num_blocks": card.num_blocks,
+        "hidden_size": card.hidden_size,
+        "weight_bytes": sum(sizes.values()),
+    }
 
 
 def _blobs(cloud: Cloud) -> dict[str, int]:

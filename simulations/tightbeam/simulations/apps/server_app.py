@@ -41,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
     state = journal.begin(resume=settings.resume)
     nodes, facts = _roster(grid, settings.scenario)
     if not any(row["row"] == "experiment" for row in journal.rows):
-        journal.append("experiment", scenario=settings.scenario.numbers(), **facts)
+        journal.append("experiment", scenario=settings.scenario.numbers(), backbone=facts)
     strategy = FederatedLora(settings.scenario, nodes, journal)
     final = run_rounds(strategy, grid, state, [node.layers for node in nodes])
     save_global_adapter(settings.folder / "adapter", final, settings.scenario.adapter.scale, facts["model"])
@@ -98,7 +98,7 @@ def _part(state: State, prefix: str) -> dict[str, Any]:
     return {n.removeprefix(prefix): array for n, array in state.arrays.items() if n.startswith(prefix)}
 
 
-def _roster(grid: Grid, scenario: Scenario) -> tuple[list[Node], dict[str, str]]:
+def _roster(grid: Grid, scenario: Scenario) -> tuple[list[Node], dict[str, Any]]:
     """Every client with its layers, and what backbone they have."""
     ids = _wait_for_nodes(grid, scenario.clients)
     names = {
@@ -109,17 +109,17 @@ def _roster(grid: Grid, scenario: Scenario) -> tuple[list[Node], dict[str, str]]
     first: dict[tuple[str, str], ClientProfile] = {}
     for profile in profiles:
         first.setdefault((profile.options.cut, profile.options.mode), profile)
-    layers, facts = {}, {"model": "", "fingerprint": ""}
+    layers, facts = {}, dict[str, Any]()
     for place, profile in first.items():
         (reply,) = _ask(grid, "query.layers", [names[profile.name]])
         told = json.loads(str(reply.content.config_records["notes"]["layers"]))
         layers[place] = layers_of(told["shapes"], profile.name)
-        if facts["fingerprint"] not in ("", told["fingerprint"]):
+        facts = facts or told["backbone"]
+        if facts["fingerprint"] != told["backbone"]["fingerprint"]:
             raise FederationError(
                 f"{profile.name} has another backbone than the clients before it.",
                 cure="Connect all clients to clouds of one backbone.",
             )
-        facts = {"model": str(told["model"]), "fingerprint": str(told["fingerprint"])}
     return [Node(names[p.name], p, layers[p.options.cut, p.options.mode]) for p in profiles], facts
 
 

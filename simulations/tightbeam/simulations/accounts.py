@@ -1,0 +1,290 @@
+"""What a federated experiment cost, summed up from the server's ledger: per client, per round, in all.
+
+Activations are the wire bytes of steps with the cloud; adapters are the arrays in Flower's messages as Flower
+counts them; weights are what a client fetches once. Money and joules follow the price table and the devices
+of the scenario. Schema of `federation.json`; every figure is a sum of ledger rows.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict
+
+from tightbeam.common.costs.meter import read_ledger
+from tightbeam.common.costs.prices import Prices
+from tightbeam.common.errors import DataError
+from tightbeam.simulations.alternatives import Alternative, Job, alternatives
+from tightbeam.simulations.journal import Row
+from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+
+__all__ = ["ClientAccount", "Costs", "Evaluation", "FederationAccount", "RoundAccount", "account"]
+
+_WORK = ("client_round", "client_eval")
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Costs(_Model):
+    """Sums over rows. `up` is away from the client."""
+
+    activation_up_bytes: int = 0
+    activation_down_bytes: int = 0
+    adapter_up_bytes: int = 0
+    adapter_down_bytes: int = 0
+    weight_bytes: int = 0
+    tokens: int = 0
+    edge_flops: int = 0
+    cloud_flops: int = 0
+    joules: float = 0.0  # at the edges, from the scenario's devices
+    money: float = 0.0
+    wall_s: float = 0.0  # of this machine
+
+    @property
+    def activation_bytes(self) -> int:
+        """Both directions."""
+        return self.activation_up_bytes + self.activation_down_bytes
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Both directions."""
+        return self.adapter_up_bytes + self.adapter_down_bytes
+
+    @property
+    def moved_bytes(self) -> int:
+        """Everything."""
+        return self.activation_bytes + self.adapter_bytes + self.weight_bytes
+
+    @classmethod
+    def of(cls, rows: Iterable[Row], prices: Prices) -> Self:
+        """Sum up."""
+        rows = list(rows)
+
+        def total(name: str) -> Any:
+            return sum(row.get(name, 0) for row in rows)
+
+        counts = {
+            "activation_up_bytes": total("wire_up_bytes"),
+            "activation_down_bytes": total("wire_down_bytes"),
+            "adapter_up_bytes": total("adapter_up_bytes"),
+            "adapter_down_bytes": total("adapter_down_bytes"),
+            "weight_bytes": total("weight_bytes"),
+        }
+        bill = prices.bill(
+            wire_bytes=sum(counts.values()), cloud_flops=total("cloud_flops"), edge_joules=total("joules")
+        )
+        return cls(
+            **counts,
+            tokens=total("tokens"),
+            edge_flops=total("edge_flops"),
+            cloud_flops=total("cloud_flops"),
+            joules=total("joules"),
+            money=bill.total,
+            wall_s=total("wall_s"),
+        )
+
+
+class RoundAccount(_Model):
+    """One round."""
+
+    round: int
+    updates: int
+    statuses: dict[str, int]
+    loss: float | None
+    relative_error: float | None
+    virtual_s: float
+    notes: list[str]
+    training: Costs
+    evaluation: Costs
+
+
+class Evaluation(_Model):
+    """Held-out loss of the global adapter over the clients, nats per learned token."""
+
+    round: int
+    clients: int
+    loss: float
+    worst: float
+    median: float
+    best: float
+    virtual_s: float  # of all rounds before it
+    moved_bytes: int  # of all rounds before it, evaluations included
+
+
+class ClientAccount(_Model):
+    """One client."""
+
+    name: str
+    group: str
+    mode: str
+    cut: str
+    r: int
+    rounds: int  # in which its update counted
+    statuses: dict[str, int]
+    reasons: list[str]
+    codecs: list[str]
+    first_loss: float | None
+    last_loss: float | None
+    virtual_s: float
+    memory_bytes: int
+    training: Costs
+    evaluation: Costs
+
+
+class FederationAccount(_Model):
+    """The whole experiment."""
+
+    name: str
+    model: str
+    fingerprint: str
+    strategy: str
+    clients: list[ClientAccount]
+    rounds: list[RoundAccount]
+    evaluations: list[Evaluation]
+    total: Costs
+    virtual_s: float
+    target_loss: float | None
+    reached_target: Evaluation | None
+    alternatives: list[Alternative]
+    prices: Prices
+
+
+def account(
+    folder: Path, scenario: Scenario | None = None, prices: Prices | None = None
+) -> FederationAccount:
+    """Sum up the ledger in an experiment's folder.
+
+    Raises:
+        DataError: there is no ledger, or it has not begun.
+
+    """
+    rows, prices = read_ledger(folder / "ledger.jsonl"), prices or Prices()
+    first = next((row for row in rows if row["row"] == "experiment"), None)
+    if first is None:
+        raise DataError(
+            f"{folder} holds no experiment that has begun.", cure="Run `tightbeam simulate` first."
+        )
+    scenario = scenario or scenario_from_mapping(first["scenario"], origin=str(folder / "ledger.jsonl"))
+    work = [row for row in rows if row["row"] in _WORK]
+    evaluations = _evaluations(rows)
+    reached = [e for e in evaluations if scenario.target_loss is not None and e.loss <= scenario.target_loss]
+    total = Costs.of(work, prices)
+    return FederationAccount(
+        name=scenario.output.name,
+        model=first["backbone"]["model"],
+        fingerprint=first["backbone"]["fingerprint"],
+        strategy=scenario.strategy.name,
+        clients=_clients(scenario, work, prices),
+        rounds=[_round(row, work, prices) for row in rows if row["row"] == "round"],
+        evaluations=evaluations,
+        total=total,
+        virtual_s=sum(row["virtual_s"] for row in rows if row["row"] == "round"),
+        target_loss=scenario.target_loss,
+        reached_target=reached[0] if reached else None,
+        alternatives=alternatives(_job(scenario, first["backbone"], work, total), prices),
+        prices=prices,
+    )
+
+
+def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[ClientAccount]:
+    found = []
+    for profile in scenario.profiles():
+        own = [row for row in work if row["client"] == profile.name]
+        trained = [row for row in own if row["row"] == "client_round"]
+        losses = [row["loss"] for row in own if row["row"] == "client_eval" and row["status"] == "ok"]
+        options = profile.options
+        found.append(
+            ClientAccount(
+                name=profile.name,
+                group=profile.group,
+                mode=options.mode,
+                cut=options.cut,
+                r=options.r,
+                rounds=sum(row["status"] == "ok" for row in trained),
+                statuses=_statuses(trained),
+                reasons=list(dict.fromkeys(row["reason"] for row in own if row["reason"])),
+                codecs=list(dict.fromkeys(row["codec"] for row in trained if row["codec"])),
+                first_loss=losses[0] if losses else None,
+                last_loss=losses[-1] if losses else None,
+                virtual_s=sum(row.get("virtual_s", 0.0) for row in trained),
+                memory_bytes=max((row.get("memory_bytes", 0) for row in own), default=0),
+                training=Costs.of(trained, prices),
+                evaluation=Costs.of((row for row in own if row["row"] == "client_eval"), prices),
+            )
+        )
+    return found
+
+
+def _round(row: Row, work: Sequence[Row], prices: Prices) -> RoundAccount:
+    same = [one for one in work if one["round"] == row["round"]]
+    trained = [one for one in same if one["row"] == "client_round"]
+    return RoundAccount(
+        round=row["round"],
+        updates=row["updates"],
+        statuses=_statuses(trained),
+        loss=row["loss"],
+        relative_error=row["relative_error"],
+        virtual_s=row["virtual_s"],
+        notes=row["notes"],
+        training=Costs.of(trained, prices),
+        evaluation=Costs.of((one for one in same if one["row"] == "client_eval"), prices),
+    )
+
+
+def _statuses(rows: Iterable[Row]) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for row in rows:
+        counts[row["status"]] = counts.get(row["status"], 0) + 1
+    return counts
+
+
+def _evaluations(rows: Sequence[Row]) -> list[Evaluation]:
+    found, moved, virtual_s = [], 0, 0.0
+    for row in rows:
+        if row["row"] in _WORK:
+            moved += Costs.of([row], Prices()).moved_bytes
+        elif row["row"] == "round":
+            virtual_s += row["virtual_s"]
+        elif row["row"] == "evaluation":
+            figures = {name: row[name] for name in ("round", "clients", "loss", "worst", "median", "best")}
+            found.append(Evaluation(**figures, virtual_s=virtual_s, moved_bytes=moved))
+    return found
+
+
+def _job(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row], total: Costs) -> Job:
+    trained = [row for row in work if row["row"] == "client_round"]
+    evaluated = [row for row in work if row["row"] == "client_eval"]
+    payload = sum(row.get("payload_up_bytes", 0) + row.get("payload_down_bytes", 0) for row in work)
+    ranks = [profile.options.r for profile in scenario.profiles()]
+    edge_blocks = [sum(map(int, p.options.cut.split(":"))) for p in scenario.profiles()]
+    adapters = [row["adapter_down_bytes"] for row in trained] or [0]
+    return Job(
+        training_tokens=sum(row.get("tokens", 0) for row in trained),
+        evaluation_tokens=sum(row.get("tokens", 0) for row in evaluated),
+        passes=_passes(scenario, trained),
+        exchanges=len(trained) + len(evaluated),
+        participants=len({row["client"] for row in work}),
+        adapter_bytes_per_block=sum(adapters) / len(adapters) / (sum(edge_blocks) / len(edge_blocks)),
+        mean_rank=sum(ranks) / len(ranks),
+        wire_ratio=total.activation_bytes / payload if payload else 1.0,
+        joules_per_flop=total.joules / total.edge_flops if total.edge_flops else 0.0,
+        hidden_size=backbone["hidden_size"],
+        num_blocks=backbone["num_blocks"],
+        dtype=backbone["dtype"],
+        weight_bytes=backbone["weight_bytes"],
+        measured_bytes=(total.activation_bytes, total.adapter_bytes, total.weight_bytes),
+        measured_flops=(total.edge_flops, total.cloud_flops),
+        train_exchanges=len(trained),
+    )
+
+
+def _passes(scenario: Scenario, trained: Sequence[Row]) -> float:
+    """How often an example was seen, on average over the clients that took part; at least once."""
+    seen: dict[str, float] = {}
+    for row in trained:
+        if row.get("examples"):
+            share = row["steps"] * scenario.train.batch_size / row["examples"]
+            seen[row["client"]] = seen.get(row["client"], 0.0) + share
+    return max(sum(seen.values()) / len(seen), 1.0) if seen else 1.0

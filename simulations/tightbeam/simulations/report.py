@@ -1,0 +1,114 @@
+"""Writes the federation report: `federation.json`, `federation.csv` and one self-contained `report.html`."""
+
+import csv
+import io
+from pathlib import Path
+from typing import Any
+
+from tightbeam.common.costs import units
+from tightbeam.common.costs.prices import Prices
+from tightbeam.common.runs import atomic_write
+from tightbeam.simulations.accounts import Costs, FederationAccount, account
+from tightbeam.simulations.alternatives import FLOWERTUNE_BUDGET_MB
+from tightbeam.simulations.scenario import Scenario
+
+__all__ = ["to_csv", "to_html", "write_report"]
+
+_TEMPLATES = Path(__file__).parent / "templates"
+_SHOWN = 30  # bars in a picture
+
+
+def write_report(folder: Path, scenario: Scenario | None = None, prices: Prices | None = None) -> Path:
+    """Sum up an experiment's folder and write the three files into it; the page's path is returned.
+
+    Raises:
+        DataError: see `account`.
+
+    """
+    found = account(folder, scenario, prices)
+    atomic_write(folder / "federation.json", found.model_dump_json(indent=2) + "\n")
+    atomic_write(folder / "federation.csv", to_csv(found))
+    page = folder / "report.html"
+    atomic_write(page, to_html(found))
+    return page
+
+
+def to_csv(found: FederationAccount) -> str:
+    """One line per client or round, and quantity."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("of", "name", "phase", "quantity", "value"))
+    parts = [("client", client.name, client) for client in found.clients]
+    parts += [("round", str(one.round), one) for one in found.rounds]  # type: ignore[misc]  # same two fields
+    for of, name, part in parts:
+        for phase, costs in (("training", part.training), ("evaluation", part.evaluation)):
+            for quantity, value in costs.model_dump().items():
+                writer.writerow((of, name, phase, quantity, value))
+    return text.getvalue()
+
+
+def to_html(found: FederationAccount) -> str:
+    """Render the page."""
+    import jinja2
+
+    from tightbeam.common.costs import report as costs_report
+
+    shared = Path(costs_report.__file__).parent / "templates"
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader([_TEMPLATES, shared]),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    for name in units.__all__:
+        environment.filters[name.removesuffix("_text")] = getattr(units, name)
+    whole = next(one for one in found.alternatives if one.name == "whole model at the edge")
+    return environment.get_template("federation.html").render(
+        found=found,
+        total=found.total,
+        prices=found.prices,
+        plots=_plots(found),
+        flowertune=(found.total.adapter_bytes / 2**20, whole.adapter_bytes / 2**20, FLOWERTUNE_BUDGET_MB),
+    )
+
+
+def _plots(found: FederationAccount) -> dict[str, Any]:
+    from markupsafe import Markup
+
+    from tightbeam.common.costs import plots
+
+    curves = {
+        name: [(one.round, getattr(one, name)) for one in found.evaluations]
+        for name in ("worst", "loss", "median", "best")
+    }
+    trained = [(one.round, one.loss) for one in found.rounds if one.loss is not None]
+    pictures = {
+        "clients": plots.bars_svg("clients", _bars(found, "clients"), "MB"),
+        "rounds": plots.bars_svg("rounds", _bars(found, "rounds"), "MB"),
+        "losses": plots.curves_svg(
+            "losses",
+            {"mean" if name == "loss" else name: points for name, points in curves.items() if points}
+            | ({"training": trained} if trained else {}),
+            "rounds",
+            "loss, nats per token",
+        ),
+    }
+    return {name: Markup(svg) for name, svg in pictures.items()}  # noqa: S704  # our own drawing
+
+
+def _bars(found: FederationAccount, of: str) -> dict[str, dict[str, float]]:
+    if of == "clients":
+        rows = [(client.name, client.training, client.evaluation) for client in found.clients]
+    else:
+        rows = [(f"round {one.round}", one.training, one.evaluation) for one in found.rounds]
+    return {name: _parts(training, evaluation) for name, training, evaluation in rows[:_SHOWN]}
+
+
+def _parts(training: Costs, evaluation: Costs) -> dict[str, float]:
+    return {
+        "activations": training.activation_bytes / 1e6,
+        "evaluation": evaluation.activation_bytes / 1e6,
+        "adapters": (training.adapter_bytes + evaluation.adapter_bytes) / 1e6,
+        "weights": (training.weight_bytes + evaluation.weight_bytes) / 1e6,
+    }
