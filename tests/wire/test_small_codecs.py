@@ -12,7 +12,7 @@ from torch import Tensor
 from tightbeam.common.errors import CodecError, NonFiniteError
 from tightbeam.common.wire.codecs import CODECS, codec
 from tightbeam.common.wire.codecs.packing import pack, packed_widths, unpack
-from tightbeam.common.wire.codecs.rotated import BLOCK, CHANNELS_PER_OUTLIER, LIMIT, hadamard, signs
+from tightbeam.common.wire.codecs.rotated import BLOCK, CHANNELS_PER_OUTLIER, LIMIT, hadamard_, signs
 
 ROTATED = ["int4", "int5", "int4s", "int5s"]
 INTEGER = ["int8", "int8s", *ROTATED]
@@ -309,8 +309,8 @@ def test_the_transform_is_the_walsh_hadamard_matrix(width: int) -> None:
     index = torch.arange(width)
     parity = torch.tensor([[bin(int(i & j)).count("1") % 2 for j in index] for i in index])
     expected = (1 - 2 * parity).double() / width**0.5
-    assert torch.allclose(hadamard(torch.eye(width)).double(), expected, atol=1e-7)
-    assert torch.allclose(hadamard(hadamard(torch.eye(width))), torch.eye(width), atol=1e-6)
+    assert torch.allclose(hadamard_(torch.eye(width)).double(), expected, atol=1e-7)
+    assert torch.allclose(hadamard_(hadamard_(torch.eye(width))), torch.eye(width), atol=1e-6)
 
 
 def test_the_signs_are_the_published_ones() -> None:

@@ -29,7 +29,7 @@ from tightbeam.common.wire.codecs.base import (
 )
 from tightbeam.common.wire.codecs.packing import pack, packed_widths, unpack
 
-__all__ = ["BLOCK", "CHANNELS_PER_OUTLIER", "LIMIT", "Rotated", "hadamard", "signs"]
+__all__ = ["BLOCK", "CHANNELS_PER_OUTLIER", "LIMIT", "Rotated", "hadamard_", "signs"]
 
 BLOCK = 64  # channels that are rotated together and share a scale
 CHANNELS_PER_OUTLIER = 128
@@ -72,7 +72,7 @@ class Rotated:
         # what bf16 leaves of an outlier is coded with the rest
         rest_ND = values_ND.scatter(1, place_NK, outlier_NK - stored_NK.float())
         num_tokens = values_ND.shape[0]
-        coded = [self._quantise(hadamard(piece), seed) for piece in _split(rest_ND * _signs(rest_ND))]
+        coded = [self._quantise(hadamard_(piece), seed) for piece in _split(rest_ND * _signs(rest_ND))]
         scale_NG = _join([scale for scale, _ in coded], num_tokens)
         codes_ND = _join([codes for _, codes in coded], num_tokens)
         parts = (scale_NG, place_NK.to(torch.int16), stored_NK, *pack(codes_ND, self.bits))
@@ -96,7 +96,7 @@ class Rotated:
         rest_ND = unpack(planes[3:], num_tokens, size).float().sub_(self._middle)
         scales = scale_NG.split([count for count, _ in _blocks(size)], 1)
         pieces = [
-            hadamard(codes_MB * scale_NC.reshape(-1, 1))
+            hadamard_(codes_MB.mul_(scale_NC.reshape(-1, 1)))
             for codes_MB, scale_NC in zip(_split(rest_ND), scales, strict=True)
         ]
         values_ND = _join(pieces, num_tokens).mul_(_signs(rest_ND)).scatter_add_(1, place_NK, outlier_NK)
@@ -109,7 +109,7 @@ class Rotated:
         return 1 << (self.bits - 1)
 
     def _quantise(self, values_MB: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Scales (bf16) `[M]` and unsigned codes `[M, B]`."""
+        """Scales (bf16) `[M]` and unsigned codes `[M, B]`; overwrites its input."""
         low_M, high_M = values_MB.amin(1), values_MB.amax(1)
         middle = self._middle
         if self.stochastic:
@@ -120,7 +120,7 @@ class Rotated:
             scale_M = torch.where(high_M > -low_M, high_M, low_M) / -middle
         tiny = torch.finfo(torch.float32).tiny
         scale_M = torch.where(scale_M.abs() < tiny, tiny, scale_M).to(torch.bfloat16)
-        codes_MB = values_MB / scale_M.float()[:, None]
+        codes_MB = values_MB.div_(scale_M.float()[:, None])
         if self.stochastic:
             codes_MB = codes_MB.add_(noise_like(codes_MB, seed)).floor_()
         else:
@@ -135,22 +135,19 @@ def signs() -> tuple[int, ...]:
     return tuple(1 - 2 * (word >> i & 1) for i in range(BLOCK))
 
 
-def hadamard(values_MB: Tensor) -> Tensor:
-    """Orthonormal Walsh-Hadamard transform of each row, `B = 2^n`; its own inverse.
+def hadamard_(values_MB: Tensor) -> Tensor:
+    """Orthonormal Walsh-Hadamard transform of each row, `B = 2^n`; its own inverse. Overwrites its input.
 
     Butterflies add in one fixed order, which no thread count, device or TF32 setting changes.
     """
     num_rows, width = values_MB.shape
-    half = 1
+    spare_MB, half = torch.empty_like(values_MB), 1  # two buffers: fresh pages cost more than the sums
     while half < width:
-        pairs = values_MB.view(num_rows, width // (2 * half), 2, half)
-        left, right = pairs[:, :, 0], pairs[:, :, 1]
-        values_MB = torch.empty_like(values_MB)
-        sums = values_MB.view_as(pairs)
-        torch.add(left, right, out=sums[:, :, 0])
-        torch.sub(left, right, out=sums[:, :, 1])
-        half *= 2
-    return values_MB.mul(width**-0.5)
+        source, target = (t.view(num_rows, width // (2 * half), 2, half) for t in (values_MB, spare_MB))
+        torch.add(source[:, :, 0], source[:, :, 1], out=target[:, :, 0])
+        torch.sub(source[:, :, 0], source[:, :, 1], out=target[:, :, 1])
+        values_MB, spare_MB, half = spare_MB, values_MB, 2 * half
+    return values_MB.mul_(width**-0.5)
 
 
 @lru_cache
