@@ -191,6 +191,12 @@ def test_flexlora_is_the_best_of_its_rank() -> None:
     assert FlexLora(28).aggregate(updates).relative_error() < 1e-12  # the rank of the sum: nothing left out
 
 
+def test_flexlora_fixes_the_signs_that_a_decomposition_leaves_open() -> None:
+    for module in FlexLora().aggregate(random_updates(MIXED)).adapter.modules.values():
+        peaks = module.A_RI[np.arange(module.rank), np.abs(module.A_RI).argmax(axis=1)]
+        assert np.all(peaks > 0)
+
+
 def test_flexlora_beats_the_biased_ones_at_their_own_rank() -> None:
     updates = random_updates(MIXED)
     best = FlexLora().aggregate(updates).relative_error()

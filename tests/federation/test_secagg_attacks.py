@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from tightbeam.common.errors import (
     ProtocolError,
     UpdateRefusedError,
 )
-from tightbeam.common.federation.secagg import FixedPoint, SecAggClient, SecAggServer
+from tightbeam.common.federation.secagg import FixedPoint, SecAggClient, SecAggServer, roster_from
+from tightbeam.common.federation.secagg import keys as keys_module
 from tightbeam.common.federation.secagg.keys import RoundSecrets
 from tightbeam.common.federation.secagg.messages import (
     Inbox,
@@ -28,6 +30,7 @@ from tightbeam.common.federation.secagg.messages import (
     Survivors,
     Unmasking,
 )
+from tightbeam.common.identity import Trust, ephemeral_identity, init_certificates, load_identity
 
 A, B, C, D, E = names(5)
 
@@ -90,6 +93,20 @@ def test_a_stranger_is_refused_by_both_sides() -> None:
         SecAggServer(plan, roster).receive(E, keys)
     with pytest.raises(IdentityError, match=f"{E}: not on the roster of {A}"):
         SecAggClient(A, identity_of(A), roster).join(plan.to_bytes())
+
+
+def test_a_roster_is_made_of_the_authoritys_certificates(tmp_path: Path) -> None:
+    ward, lab = (ephemeral_identity(name) for name in ("ward", "lab"))
+    roster = roster_from([ward.certificate_der, lab.certificate_der], Trust.anyone())
+    assert roster.keys() == {"insecure/ward", "insecure/lab"}
+    assert roster["insecure/lab"] == lab.signing_key.public_key()
+    with pytest.raises(IdentityError, match="two certificates of insecure/ward"):
+        roster_from([ward.certificate_der, ephemeral_identity("ward").certificate_der], Trust.anyone())
+    init_certificates(tmp_path, clients=["clinic"])
+    clinic = load_identity(tmp_path / "clinic")
+    assert roster_from([clinic.certificate_der], clinic.trust).keys() == {"clinic"}
+    with pytest.raises(IdentityError):
+        roster_from([ward.certificate_der], clinic.trust)  # which nobody vouches for
 
 
 def test_nobody_speaks_for_another() -> None:
@@ -231,6 +248,20 @@ def test_a_dealer_who_shares_another_secret_is_named(drop: int) -> None:
         trial.run({B: drop})
     with pytest.raises(IntegrityError, match=f"secret that {B} shared is not the one .* committed to"):
         trial.server.finish()
+
+
+def test_a_dealer_cannot_frame_a_holder() -> None:
+    """Sealing one share and committing to another would make the holder's honest answer look like a lie."""
+    trial = Round(make_plan())
+    trial.run(until="keys")
+    for name, roll in trial.server.advance().items():
+        with pytest.MonkeyPatch.context() as patch:
+            if name == B:
+                patch.setattr(keys_module, "share_sha256", lambda *_: bytes(32))
+            trial.server.receive(name, trial.clients[name].share(roll))
+    inboxes = trial.server.advance()
+    with pytest.raises(IntegrityError, match=f"share that {B} dealt to {A} does not authenticate"):
+        trial.clients[A].mask(inboxes[A], trial.values(A), 1)
 
 
 def test_a_dealer_must_deal_to_everybody() -> None:

@@ -7,8 +7,17 @@ what it protects, against whom, and what it does not.
 
 from tightbeam.common.federation.secagg.client import SecAggClient
 from tightbeam.common.federation.secagg.fixed_point import FixedPoint, Layout, WeightedSum
-from tightbeam.common.federation.secagg.keys import Roster
+from tightbeam.common.federation.secagg.keys import Roster, roster_from
 from tightbeam.common.federation.secagg.plan import Plan
 from tightbeam.common.federation.secagg.server import SecAggServer
 
-__all__ = ["FixedPoint", "Layout", "Plan", "Roster", "SecAggClient", "SecAggServer", "WeightedSum"]
+__all__ = [
+    "FixedPoint",
+    "Layout",
+    "Plan",
+    "Roster",
+    "SecAggClient",
+    "SecAggServer",
+    "WeightedSum",
+    "roster_from",
+]

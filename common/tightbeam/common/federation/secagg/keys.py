@@ -6,7 +6,7 @@ so none tells anything about another: the server may recover the masking key and
 rest. Peers are told apart by name: every derived key is bound to both names and both public keys.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from cryptography.exceptions import InvalidSignature, InvalidTag
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
@@ -24,6 +24,7 @@ from tightbeam.common.federation.secagg.masks import SEED_BYTES
 from tightbeam.common.federation.secagg.messages import Keys, SealedShare
 from tightbeam.common.federation.secagg.plan import Plan
 from tightbeam.common.federation.secagg.shamir import SHARE_BYTES, deal
+from tightbeam.common.identity import Role, Trust
 
 __all__ = [
     "Roster",
@@ -31,6 +32,7 @@ __all__ = [
     "check_keys",
     "mask_commitment",
     "pairwise_seed",
+    "roster_from",
     "share_sha256",
     "verify",
 ]
@@ -39,6 +41,24 @@ Roster = Mapping[str, Ed25519PublicKey]
 """Who may take part: name to identity key. Clients must have it from somebody else than the server."""
 
 _NONCE = bytes(12)  # every sealing key seals one message
+
+
+def roster_from(certificates_der: Iterable[bytes], trust: Trust) -> dict[str, Ed25519PublicKey]:
+    """Build a roster from the clients' identity certificates, whoever delivered them.
+
+    The server may, since it cannot make one: only the deployment's authority can.
+
+    Raises:
+        IdentityError: a certificate that the authority did not issue to a tenant, or two of one name.
+
+    """
+    roster: dict[str, Ed25519PublicKey] = {}
+    for certificate in certificates_der:
+        peer = trust.verify(certificate, Role.TENANT)
+        if peer.name in roster:
+            raise IdentityError(f"The roster has two certificates of {peer.name}.", cure="Keep one of them.")
+        roster[peer.name] = peer.public_key
+    return roster
 
 
 class RoundSecrets:
