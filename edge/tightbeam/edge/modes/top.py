@@ -26,9 +26,6 @@ class Top(Mode):
                 "The adapter trains something below the cut, which mode top keeps frozen.",
                 cure="Take it out of adapter.extra, or use mode ushape.",
             )
-        if job.recipe.cache.enabled:  # the pass is sent ahead of the steps, so it must fit as a whole
-            ahead = self._phase.missing([*job.train, *job.eval])
-            self.budget.check(job.moved_bytes(), self.budget.forward(ahead), 0)
 
     def before_step(self, step: int) -> None:
         """Fetch what the step needs, if it is not cached."""
@@ -53,7 +50,11 @@ class Top(Mode):
         self._phase.commit()
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Nothing but the adapter changes in this mode."""
+        """See that the budget lasts: the whole pass is sent ahead of the steps, so it must fit as a whole."""
+        job = self.job
+        if job.recipe.cache.enabled:
+            ahead = self._phase.missing([*job.train, *job.eval])
+            self.budget.check(job.moved_bytes(), self.budget.forward(ahead), 0)
 
     def close(self) -> None:
         """Write and release the cache."""

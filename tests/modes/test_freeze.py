@@ -1,0 +1,270 @@
+"""A bottom that freezes on the way: the top's optimizer goes on, samples cross once more, resume is exact."""
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from support.cached_runs import cached_recipe, save_model, train_over
+from support.edge_runs import byte_tokenizer
+from support.in_process import InProcessCloud
+from tightbeam.common.config import Recipe
+from tightbeam.common.costs.meter import read_ledger
+from tightbeam.common.errors import BudgetError, RecipeError, TightbeamError
+from tightbeam.common.runs import RunFolder
+from tightbeam.edge.cache import inspect_cache
+from tightbeam.edge.checkpoints import latest
+from tightbeam.edge.data import collate, load_examples, split_examples
+from tightbeam.edge.modes.freeze import freeze_step
+from tightbeam.edge.modes.movement import settled
+from tightbeam.edge.plan import Plan
+
+# PEFT 0.21 asks transformers 5.23 for a property under its former name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
+    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud")) as running:
+        yield running
+
+
+def freezing(folder: Path, after: float | str | None, **changes: Any) -> Recipe:
+    train = {"freeze_bottom_after": after, "checkpoint_every": 3} | changes.pop("train", {})
+    return cached_recipe(folder, mode="ushape", train=train, **changes)
+
+
+def losses(run: RunFolder) -> list[str]:
+    with run.metrics.open(encoding="utf-8", newline="") as file:
+        return [row["loss"] for row in csv.DictReader(file)]
+
+
+def adapter(run: RunFolder, step: int) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = load_file(
+        run.checkpoints / f"step-{step}" / "adapter_model.safetensors"
+    )
+    return tensors
+
+
+def block_of(name: str) -> int:
+    return int(name.split(".layers.")[1].split(".")[0])
+
+
+class CrashError(Exception):
+    """What a test throws into a run in place of a power cut."""
+
+
+def test_it_trains_the_bottom_until_then_and_not_after(cloud: InProcessCloud, tmp_path: Path) -> None:
+    train = {"checkpoint_every": 4, "keep_checkpoints": 9}
+    result, crossing = train_over(cloud, freezing(tmp_path, "8 steps", train=train))
+    early, at, late = (adapter(result.folder, step) for step in (4, 8, 24))
+    for name in at:
+        below = block_of(name) < 2
+        assert not torch.equal(early[name], at[name]), name
+        assert torch.equal(at[name], late[name]) == below, name
+    kinds = [row.kind for row in crossing.rows]
+    assert kinds == ["forward", "backward"] * 8 + ["forward"] * 8  # 8 steps, and each sample once more
+    assert [header.keep for header, _ in crossing.messages][16:] == [False] * 8
+
+
+def test_the_first_phase_is_plain_ushape_and_the_optimizer_goes_on(
+    cloud: InProcessCloud, folder: Path, tmp_path: Path
+) -> None:
+    """Against a local loop that freezes at the same step and keeps its optimizer."""
+    train = {"lr": 1e-3, "schedule": "constant", "max_grad_norm": 0}
+    recipe = freezing(tmp_path, 0.5, train=train, adapter={"r": 2, "alpha": 4, "dropout": 0.0})
+    result, _ = train_over(cloud, recipe)
+    found = [float(loss) for loss in losses(result.folder)]
+    assert found == pytest.approx(local_losses(recipe, folder, freeze_at=4), abs=1e-5)
+    fresh = local_losses(recipe, folder, freeze_at=4, fresh_optimizer=True)
+    assert found[:5] == pytest.approx(fresh[:5], abs=1e-5)
+    assert found != pytest.approx(fresh, abs=1e-5)  # a new optimizer would have been noticed
+
+
+def local_losses(
+    recipe: Recipe, folder: Path, *, freeze_at: int, fresh_optimizer: bool = False
+) -> list[float]:
+    """The same training on the whole model with stock PEFT."""
+    examples = load_examples(recipe.data.train, byte_tokenizer())
+    plan = Plan(len(examples), recipe.train, 0)
+    whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.manual_seed(0)
+    layers = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=2, lora_alpha=4, target_modules=layers, layers_to_transform=[0, 1, 4, 5], task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(whole, config)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.train.lr, weight_decay=0.0)
+    found = []
+    for step in range(plan.total_steps):
+        if step == freeze_at:
+            for name, parameter in model.named_parameters():
+                if parameter.requires_grad and block_of(name) < 2:
+                    parameter.requires_grad_(False)
+                    parameter.grad = None
+            if fresh_optimizer:
+                left = [p for p in trained if p.requires_grad]
+                optimizer = torch.optim.AdamW(left, lr=recipe.train.lr, weight_decay=0.0)
+        (rows,) = plan.micro_batches(step)
+        loss = model(**collate([examples[row] for row in rows], 0)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+@pytest.mark.parametrize("crash_after_rows", [6, 15, 18, 22])
+def test_a_crash_in_either_phase_resumes_bit_for_bit(
+    cloud: InProcessCloud, tmp_path: Path, crash_after_rows: int
+) -> None:
+    """Rows 1 to 16 are the steps of the first phase, 17 to 24 the one pass. Dropout is on."""
+    whole, _ = train_over(cloud, freezing(tmp_path / "a", "8 steps"))
+
+    def crash(rows: int) -> None:
+        if rows == crash_after_rows:
+            raise CrashError
+
+    recipe = freezing(tmp_path / "b", "8 steps")
+    with pytest.raises(CrashError):
+        train_over(cloud, recipe, act=crash)
+    resumed, _ = train_over(cloud, recipe, resume=True)
+    assert losses(resumed.folder) == losses(whole.folder)
+    left, right = adapter(resumed.folder, 24), adapter(whole.folder, 24)
+    assert all(torch.equal(left[name], right[name]) for name in right)
+
+
+def test_resuming_in_the_second_phase_needs_no_cloud(
+    cloud: InProcessCloud, tmp_path: Path, folder: Path
+) -> None:
+    recipe = freezing(tmp_path / "b", "8 steps", train={"keep_checkpoints": 9})
+    whole, _ = train_over(cloud, recipe)
+    before = losses(whole.folder)
+    for step in (18, 21, 24):
+        (whole.folder.checkpoints / f"step-{step}" / "manifest.json").unlink()
+    warnings: list[str] = []
+    assert latest(whole.folder.checkpoints, warnings.append) == whole.folder.checkpoints / "step-15"
+    assert len(warnings) == 3
+    resumed, crossing = train_over(cloud, recipe, resume=True)
+    assert crossing.rows == []
+    assert losses(resumed.folder) == before
+
+
+def test_a_checkpoint_of_another_bottom_is_refused(cloud: InProcessCloud, tmp_path: Path) -> None:
+    recipe = freezing(tmp_path, "3 steps")
+    result, _ = train_over(cloud, recipe)
+    path = result.folder.checkpoints / "step-24"
+    state = json.loads((path / "state.json").read_text())
+    assert state["position"]["mode"]["phase"] == "frozen"
+    state["position"]["mode"]["bottom_sha256"] = "00" * 32
+    (path / "state.json").write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"]["state.json"] = hashlib.sha256((path / "state.json").read_bytes()).hexdigest()
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(TightbeamError, match="not the one that was frozen"):
+        train_over(cloud, recipe, resume=True)
+
+
+def test_the_evaluation_after_the_freeze_crosses_once(cloud: InProcessCloud, tmp_path: Path) -> None:
+    recipe = freezing(tmp_path, "6 steps", data={"eval_fraction": 0.2}, train={"eval_every": 6})
+    result, crossing = train_over(cloud, recipe)
+    rows = read_ledger(result.folder.ledger)
+    evals = [i for i, row in enumerate(rows) if row["row"] == "eval"]
+    assert len(evals) == 4
+    assert all(row["row"] != "step" for row in rows[evals[2] + 1 :])
+    held = inspect_cache(result.folder.path / "cache").scopes
+    assert [scope.num_samples for scope in held] == [23]
+    assert len(crossing.rows) == 2 + 2 * 6 + 2 + 6 + 2
+
+
+def test_the_adapter_opens_on_the_whole_model(cloud: InProcessCloud, folder: Path, tmp_path: Path) -> None:
+    recipe = freezing(tmp_path, 1.0, adapter={"r": 2, "dropout": 0.0}, data={"eval_fraction": 0.2})
+    result, _ = train_over(cloud, recipe)
+    whole = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), result.folder.adapter
+    )
+    adapted = {block_of(name) for name, _ in whole.named_modules() if name.endswith("lora_A")}
+    assert adapted == {0, 1, 4, 5}
+    held = split_examples(load_examples(recipe.data.train, byte_tokenizer()), 0.2, 0)[1]
+    with torch.no_grad():
+        total = sum(float(whole(**collate([e], 0)).loss) * e.num_learned for e in held)
+    assert result.last_eval_loss == pytest.approx(total / sum(e.num_learned for e in held), abs=1e-5)
+
+
+def test_auto_freezes_within_its_bounds(cloud: InProcessCloud, tmp_path: Path) -> None:
+    train = {"batch_size": 1, "epochs": 2, "lr": 1e-3}
+    result, crossing = train_over(cloud, freezing(tmp_path, "auto", train=train))
+    trained = sum(row.kind == "backward" for row in crossing.rows)
+    assert 23 / 4 <= trained <= 23
+    assert f"Step {trained}: the bottom is frozen (its activations have settled)" in crossing.said
+    assert result.optimizer_steps == 46
+
+
+def test_the_rule_tells_a_walk_from_a_march() -> None:
+    def first(power: float) -> float:
+        times = [n / 10 for n in range(1, 40)]
+        return next(now for before, now in pairwise(times) if settled(before**power, now**power))
+
+    assert first(0.5) == pytest.approx(0.6)
+    assert first(1.0) == pytest.approx(1.1)  # the bound of one epoch comes before
+    assert not settled(0.0, 1.0)
+
+
+def test_a_budget_brings_the_freeze_forward(cloud: InProcessCloud, tmp_path: Path) -> None:
+    free, much = train_over(cloud, freezing(tmp_path / "a", "16 steps"))
+    spent = sum(row.bytes.wire_total_bytes for row in much.rows)
+    max_mb = 0.75 * spent / 1e6
+    result, crossing = train_over(cloud, freezing(tmp_path / "b", "16 steps", train={"max_mb": max_mb}))
+    assert result.optimizer_steps == free.optimizer_steps
+    assert 0.3 * max_mb < sum(row.bytes.wire_total_bytes for row in crossing.rows) / 1e6 <= max_mb
+    assert "train.max_mb is" in crossing.said
+    assert 0 < sum(row.kind == "backward" for row in crossing.rows) < 16
+
+
+def test_a_budget_stops_plain_ushape_with_a_checkpoint(cloud: InProcessCloud, tmp_path: Path) -> None:
+    recipe = freezing(tmp_path, None, train={"max_mb": 0.25})
+    with pytest.raises(BudgetError, match=r"freeze_bottom_after: auto"):
+        train_over(cloud, recipe)
+    folder = RunFolder(recipe.run_folder)
+    done = len(losses(folder))
+    assert done > 1
+    assert latest(folder.checkpoints, pytest.fail) == folder.checkpoints / f"step-{done}"
+    moved = [row for row in read_ledger(folder.ledger) if row["row"] == "step"]
+    assert sum(row["wire_up_bytes"] + row["wire_down_bytes"] for row in moved) <= 0.25e6
+    with pytest.raises(BudgetError):  # what earlier processes moved counts
+        train_over(cloud, recipe, resume=True)
+
+
+def test_a_budget_below_one_pass_is_refused_at_once(cloud: InProcessCloud, tmp_path: Path) -> None:
+    recipe = freezing(tmp_path, "auto", train={"max_mb": 0.01})
+    with pytest.raises(BudgetError, match="One pass over the data"):
+        train_over(cloud, recipe)
+
+
+@pytest.mark.parametrize(
+    ("value", "step"), [(0.5, 50), (2, 200), (0.001, 1), ("7 steps", 7), ("1 step", 1), ("auto", None)]
+)
+def test_when_the_recipe_says(value: float | str, step: int | None) -> None:
+    assert freeze_step(value, 100) == step
+
+
+def test_only_ushape_freezes(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="is for mode ushape"):
+        cached_recipe(tmp_path, train={"freeze_bottom_after": 1.0})

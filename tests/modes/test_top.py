@@ -1,0 +1,316 @@
+"""Mode `top`: each sample crosses once, only as a cut activation, and training is that of the whole model."""
+
+import csv
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from support.cached_runs import Crossing, cached_recipe, save_model, train_over
+from support.clouds import CloudProcess
+from support.edge_runs import byte_tokenizer, quiet
+from support.in_process import InProcessCloud
+from tightbeam.common.config import Recipe
+from tightbeam.common.costs.meter import read_ledger
+from tightbeam.common.errors import BudgetError, IdentityError, RecipeError
+from tightbeam.common.runs import RunFolder
+from tightbeam.common.wire.messages import decode_tensor
+from tightbeam.edge.adapters import attach_adapter
+from tightbeam.edge.cache.store import shard_paths
+from tightbeam.edge.data import collate, load_examples, split_examples
+from tightbeam.edge.plan import Plan
+from tightbeam.edge.run import run_recipe
+from tightbeam.proto.backbone_pb2 import FORWARD
+
+# PEFT 0.21 asks transformers 5.23 for a property under its former name.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+EVAL = {"eval_fraction": 0.2}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model")
+    save_model(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
+    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud")) as running:
+        yield running
+
+
+def whole_model(folder: Path) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model
+
+
+def losses(run: RunFolder) -> list[str]:
+    with run.metrics.open(encoding="utf-8", newline="") as file:
+        return [row["loss"] for row in csv.DictReader(file)]
+
+
+def weights(run: RunFolder) -> bytes:
+    return (run.adapter / "adapter_model.safetensors").read_bytes()
+
+
+def evals(run: RunFolder) -> list[float]:
+    return [row["loss"] for row in read_ledger(run.ledger) if row["row"] == "eval"]
+
+
+def local_losses(recipe: Recipe, folder: Path, blocks: range) -> list[float]:
+    """The same training on the whole model with stock PEFT and the model's own loss."""
+    examples = load_examples(recipe.data.train, byte_tokenizer())
+    if recipe.data.eval_fraction:
+        examples = split_examples(examples, recipe.data.eval_fraction, recipe.data.shuffle_seed)[0]
+    plan = Plan(len(examples), recipe.train, recipe.data.shuffle_seed)
+    base = whole_model(folder)
+    torch.manual_seed(recipe.train.seed)
+    model = attach_adapter(base, recipe.adapter, blocks)
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=recipe.train.lr)
+    found = []
+    for step in range(plan.total_steps):
+        loss = torch.zeros(())
+        for rows in plan.micro_batches(step):
+            loss = model(**collate([examples[row] for row in rows], 0)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+PLAIN = {"adapter": {"r": 2, "alpha": 4, "dropout": 0.0}}
+# Adam makes much of rounding at a higher rate.
+CONSTANT = {
+    "schedule": "constant",
+    "max_grad_norm": 0,
+    "lr": 1e-3,
+}
+
+
+def test_training_is_that_of_the_whole_model(cloud: InProcessCloud, folder: Path, tmp_path: Path) -> None:
+    recipe = cached_recipe(tmp_path, train=CONSTANT, **PLAIN)
+    result, _ = train_over(cloud, recipe)
+    expected = local_losses(recipe, folder, range(4, 6))
+    assert len(expected) == 24
+    assert [float(loss) for loss in losses(result.folder)] == pytest.approx(expected, abs=1e-5)
+    other = local_losses(recipe, folder, range(3, 6))  # and the comparison can tell
+    assert [float(loss) for loss in losses(result.folder)] != pytest.approx(other, abs=1e-5)
+
+
+def test_the_cache_changes_no_bit(cloud: InProcessCloud, tmp_path: Path) -> None:
+    """Dropout is on: both runs draw the same masks."""
+    cached, crossed_once = train_over(cloud, cached_recipe(tmp_path / "a", data=EVAL))
+    fetched, crossed = train_over(cloud, cached_recipe(tmp_path / "b", data=EVAL, cache={"enabled": False}))
+    assert losses(cached.folder) == losses(fetched.folder)
+    assert evals(cached.folder) == evals(fetched.folder)
+    assert weights(cached.folder) == weights(fetched.folder)
+    steps = cached.optimizer_steps
+    assert len(crossed.rows) == steps + 2 * 2  # each batch, and two batches in each of two evaluations
+    assert len(crossed_once.rows) == steps // 3 + 2
+    assert len({str(row.bytes) for row in crossed.rows}) > 1
+
+
+@pytest.mark.parametrize("codec", ["int8", "bf16"])
+def test_a_coded_cache_holds_what_crossed(cloud: InProcessCloud, tmp_path: Path, codec: str) -> None:
+    cached, crossing = train_over(cloud, cached_recipe(tmp_path / "a", codec=codec))
+    fetched, _ = train_over(cloud, cached_recipe(tmp_path / "b", codec=codec, cache={"enabled": False}))
+    assert losses(cached.folder) == losses(fetched.folder)
+    payload = sum(row.bytes.payload_down_bytes for row in crossing.rows)
+    entries = sum(path.stat().st_size for path in shard_paths(cached.folder.path / "cache"))
+    assert entries < payload + 23 * (1 + 16 + 110) + 1500
+
+
+def test_only_cut_activations_and_positions_cross(
+    cloud: InProcessCloud, folder: Path, tmp_path: Path
+) -> None:
+    recipe = cached_recipe(tmp_path, data=EVAL)
+    result, crossing = train_over(cloud, recipe)
+    assert result.exit_code == 0
+    examples = load_examples(recipe.data.train, byte_tokenizer())
+    bottom = whole_model(folder)
+    seen: list[list[int]] = []
+    for header, payloads in crossing.messages:
+        assert header.kind == FORWARD
+        assert not header.keep  # nothing is held for a backward
+        assert {field.name for field, _ in header.ListFields()} <= {
+            "step", "kind", "tensors", "reply_codec", "lengths", "run_starts", "run_lengths",
+        }  # fmt: skip
+        (spec,), (payload,) = header.tensors, payloads
+        assert list(header.run_starts) == [0] * len(header.lengths)
+        assert list(header.run_lengths) == list(header.lengths)
+        hidden_ND = decode_tensor(spec, payload)
+        assert hidden_ND.shape == (sum(header.lengths), 16)
+        for rows_nD in hidden_ND.split(list(header.lengths)):
+            match = [e for e in examples if is_cut_activation(bottom, e.input_ids, rows_nD)]
+            assert match
+            seen.append(list(match[0].input_ids))
+    assert sorted(seen) == sorted(list(e.input_ids) for e in examples)  # each once
+    assert {row.kind for row in crossing.rows} == {"forward"}
+
+
+def is_cut_activation(model: PreTrainedModel, input_ids: tuple[int, ...], rows_nD: torch.Tensor) -> bool:
+    if len(input_ids) != len(rows_nD):
+        return False
+    with torch.no_grad():
+        states = model(torch.tensor([input_ids]), output_hidden_states=True).hidden_states
+    return bool(torch.allclose(states[2][0], rows_nD, atol=1e-5))
+
+
+def test_labels_alone_change_nothing_that_crosses(cloud: InProcessCloud, tmp_path: Path) -> None:
+    """The same texts with other tokens learned: other losses, the same bytes in the same order."""
+
+    def crossed(name: str, answer_only: bool) -> tuple[list[str], Crossing]:
+        recipe = cached_recipe(tmp_path / name, data={"answer_only": answer_only})
+        result, crossing = train_over(cloud, recipe)
+        return losses(result.folder), crossing
+
+    (one, first), (other, second) = crossed("a", True), crossed("b", False)
+    assert one != other
+    assert len(first.messages) == len(second.messages)
+    for (left, payload), (right, again) in zip(first.messages, second.messages, strict=True):
+        assert left.SerializeToString() == right.SerializeToString()
+        assert all(torch.equal(a, b) for a, b in zip(payload, again, strict=True))
+
+
+def test_the_adapter_opens_on_the_whole_model(cloud: InProcessCloud, folder: Path, tmp_path: Path) -> None:
+    result, _ = train_over(cloud, cached_recipe(tmp_path, data=EVAL, **PLAIN))
+    whole = peft.PeftModel.from_pretrained(whole_model(folder), result.folder.adapter)
+    adapted = {
+        name.split(".layers.")[1].split(".")[0] for name, _ in whole.named_modules() if "lora_A" in name
+    }
+    assert adapted == {"4", "5"}
+    recipe = cached_recipe(tmp_path, data=EVAL, **PLAIN)
+    examples = split_examples(load_examples(recipe.data.train, byte_tokenizer()), 0.2, 0)[1]
+    with torch.no_grad():
+        batches = [collate([e], 0) for e in examples]
+        total = sum(
+            float(whole(**batch).loss) * e.num_learned for batch, e in zip(batches, examples, strict=True)
+        )
+    assert total / sum(e.num_learned for e in examples) == pytest.approx(evals(result.folder)[-1], abs=1e-5)
+    assert evals(result.folder)[-1] < evals(result.folder)[0]
+
+
+class CrashError(Exception):
+    """What a test throws into a run in place of a power cut."""
+
+
+def test_a_crash_while_filling_resumes_bit_for_bit(cloud: InProcessCloud, tmp_path: Path) -> None:
+    train = {"checkpoint_every": 2}
+    whole, crossing = train_over(cloud, cached_recipe(tmp_path / "a", train=train))
+
+    def crash(rows: int) -> None:
+        if rows == 7:
+            raise CrashError
+
+    recipe = cached_recipe(tmp_path / "b", train=train)
+    with pytest.raises(CrashError):
+        train_over(cloud, recipe, act=crash)
+    result, rest = train_over(cloud, recipe, resume=True)
+    assert losses(result.folder) == losses(whole.folder)
+    assert weights(result.folder) == weights(whole.folder)
+    assert len(rest.rows) < len(crossing.rows)  # what was on disk did not cross again
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_damage_is_named_and_fetched_again(cloud: InProcessCloud, tmp_path: Path, damage: str) -> None:
+    recipe = cached_recipe(tmp_path / "a", cache={"dir": str(tmp_path / "shared")})
+    first, _ = train_over(cloud, recipe)
+    (shard,) = shard_paths(tmp_path / "shared")
+    raw = bytearray(shard.read_bytes())
+    raw[-10] ^= 1
+    shard.write_bytes(raw if damage == "flip" else raw[:-1])
+    second, crossing = train_over(
+        cloud, cached_recipe(tmp_path / "b", cache={"dir": str(tmp_path / "shared")})
+    )
+    assert losses(second.folder) == losses(first.folder)
+    assert shard.name in crossing.said
+    assert "fetched again" in crossing.said
+    assert (len(crossing.rows) == 1) == (damage == "flip")
+    third, nothing = train_over(cloud, cached_recipe(tmp_path / "c", cache={"dir": str(tmp_path / "shared")}))
+    assert losses(third.folder) == losses(first.folder)
+    assert nothing.rows == []  # a shared cache: another run on the same data asks for nothing
+
+
+def test_a_changed_sample_crosses_and_nothing_else(cloud: InProcessCloud, tmp_path: Path) -> None:
+    shared = {"cache": {"dir": str(tmp_path / "shared")}}
+    train_over(cloud, cached_recipe(tmp_path / "a", **shared))
+    recipe = cached_recipe(tmp_path / "b", **shared)
+    lines = recipe.data.train.read_text().splitlines()
+    lines[5] = lines[5].replace("5 + 1 =", "5 + one =")
+    recipe.data.train.write_text("\n".join(lines) + "\n")
+    _, crossing = train_over(cloud, recipe)
+    assert sum(row.segments for row in crossing.rows) in range(1, 4)  # its group of three at most
+
+
+def test_a_stranger_cannot_use_the_cache(cloud: InProcessCloud, tmp_path: Path) -> None:
+    shared = {"cache": {"dir": str(tmp_path / "shared")}}
+    train_over(cloud, cached_recipe(tmp_path / "a", **shared))
+    with pytest.raises(IdentityError, match="another identity"):
+        train_over(cloud, cached_recipe(tmp_path / "b", **shared), secret=b"t" * 32)
+
+
+def test_a_small_cache_trains_the_same_through_the_cloud(cloud: InProcessCloud, tmp_path: Path) -> None:
+    train = {"batch_size": 1, "steps": 40, "epochs": None}
+    whole, once = train_over(cloud, cached_recipe(tmp_path / "a", train=train))
+    small, often = train_over(cloud, cached_recipe(tmp_path / "b", train=train, cache={"max_gb": 2e-5}))
+    assert losses(small.folder) == losses(whole.folder)
+    assert often.said.count("is full") == 1
+    assert len(once.rows) == 23
+    assert len(often.rows) > 23
+
+
+def test_a_budget_too_small_for_one_pass_is_refused(cloud: InProcessCloud, tmp_path: Path) -> None:
+    with pytest.raises(BudgetError, match=r"train.max_mb is 0.01"):
+        train_over(cloud, cached_recipe(tmp_path / "a", train={"max_mb": 0.01}))
+    result, crossing = train_over(cloud, cached_recipe(tmp_path / "b", train={"max_mb": 0.2}))
+    assert result.exit_code == 0
+    assert 0.01e6 < sum(row.bytes.wire_total_bytes for row in crossing.rows) < 0.2e6
+
+
+def test_an_adapter_below_the_cut_is_refused(cloud: InProcessCloud, tmp_path: Path) -> None:
+    adapter = {"r": 2, "extra": {"modules_to_save": ["embed_tokens"]}}
+    with pytest.raises(RecipeError, match="below the cut"):
+        train_over(cloud, cached_recipe(tmp_path, adapter=adapter))
+
+
+def test_training_ends_without_the_cloud_after_the_first_epoch(folder: Path, tmp_path: Path) -> None:
+    recipe = cached_recipe(tmp_path / "run", data=EVAL, train={"checkpoint_every": 6, "eval_every": 6})
+    with CloudProcess(folder, tmp_path) as process:
+        settings = {"cloud": process.address, "insecure": True}
+        recipe = Recipe.model_validate(recipe.model_dump() | {"model": settings})
+        stopped = subprocess.Popen(
+            [sys.executable, "-c", _KILLER, str(process.process.pid), str(recipe.run_folder / "metrics.csv")]
+        )
+        result = run_recipe(recipe, console=quiet()[0])
+        assert stopped.wait(timeout=30) == 0
+        assert process.process.wait(timeout=30) == -signal.SIGKILL
+        assert process.process.stdout is not None
+        process.process.stdout.close()
+    assert (result.exit_code, result.optimizer_steps) == (0, 18)
+    rows = read_ledger(result.folder.ledger)
+    kinds = [row["row"] for row in rows]
+    assert "step" in kinds
+    assert (
+        "step" not in kinds[kinds.index("optimizer_step") + 6 :]
+    )  # nothing crosses from the second epoch on
+    assert len(evals(result.folder)) == 4
+
+
+_KILLER = """
+import os, signal, sys, time
+deadline = time.monotonic() + 60
+while time.monotonic() < deadline:
+    if os.path.exists(sys.argv[2]) and len(open(sys.argv[2]).readlines()) > 6:
+        os.kill(int(sys.argv[1]), signal.SIGKILL)
+        sys.exit(0)
+    time.sleep(0.005)
+sys.exit(1)
+"""
