@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from tightbeam.cloud.backbone import load_backbone
 from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger
+from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.cloud.retention import Retention
 from tightbeam.cloud.server import _OPTIONS, _handlers
 from tightbeam.cloud.service import BackboneService
@@ -71,15 +72,20 @@ class InProcessCloud:
         retention_bytes: int = 1 << 28,
         max_tokens_per_step: int = 4096,
         cut_policy: str = "",
+        projection: ProjectionOptions | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="cloud", daemon=True)
         self._thread.start()
-        self.backbone = load_backbone(str(model), CutPolicy.parse(cut_policy), device="cpu", dtype="auto")
+        self.backbone = load_backbone(
+            str(model), CutPolicy.parse(cut_policy), device="cpu", dtype="auto", projection=projection
+        )
         self.retention = Retention(retention_bytes, self.backbone.graph_bytes)
-        self.engine = Engine(self.backbone.trunk, self.retention, self.backbone.dtype)
+        self.engine = Engine(
+            self.backbone.trunk, self.retention, self.backbone.dtype, self.backbone.projections
+        )
         self.ledger = Ledger(folder / "ledger.db")
         identity = ephemeral_identity("cloud", Role.CLOUD)
         self.service = BackboneService(

@@ -32,6 +32,18 @@ def serve(
         int | None,
         typer.Option(help="Steps on their way, bytes; above it edges wait. A quarter of free memory."),
     ] = None,
+    projection: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Fitted projection of the taps, for mode side."),
+    ] = None,
+    projection_text: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Public text to fit it on, once; --projection says where it goes."),
+    ] = None,
+    tap_size: Annotated[
+        int | None, typer.Option(help="Elements per tap and token; a sixteenth of the hidden size.")
+    ] = None,
+    taps: Annotated[int, typer.Option(help="Most taps in one step; 0 hands out none.")] = 16,
     ledger: Annotated[Path, typer.Option(help="SQLite file of who used what.")] = Path("ledger.db"),
     prices: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML with what the cloud asks.")
@@ -44,9 +56,12 @@ def serve(
         raise UsageError(
             "serve needs an identity.", cure="Give --identity DIR (`tightbeam certs init` makes one)."
         )
+    if projection is None and (projection_text is not None or tap_size is not None):
+        projection = Path("projection.safetensors")
     import asyncio
     import logging
 
+    from tightbeam.cloud.projections import ProjectionOptions
     from tightbeam.cloud.server import ServeOptions
     from tightbeam.cloud.server import serve as serve_forever
     from tightbeam.common.costs.prices import Prices
@@ -64,6 +79,10 @@ def serve(
         max_tokens_per_step=max_tokens_per_step,
         in_flight_bytes=in_flight_bytes,
         prices=Prices.load(prices) if prices else Prices(),
+        projection=None
+        if projection is None
+        else ProjectionOptions(file=projection, text=projection_text, size=tap_size),
+        max_taps=taps,
     )
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     host = listen.rpartition(":")[0]

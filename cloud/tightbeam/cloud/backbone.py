@@ -7,12 +7,20 @@ from pathlib import Path
 
 import torch
 
+from tightbeam.cloud.projections import (
+    ProjectionOptions,
+    check_projection,
+    projection_blob,
+    provide_projection,
+)
 from tightbeam.common.backbone import (
+    MAX_TAPS,
     PACKED_ATTENTION,
     Blob,
     Checkpoint,
     CutPolicy,
     PackedTrunk,
+    Projection,
     Segments,
     SelfTest,
     build_skeleton,
@@ -44,6 +52,8 @@ class Backbone:
     config_json: str
     test: SelfTest
     blobs_by_hash: dict[str, Blob] = field(repr=False)
+    projections: dict[str, Projection] = field(default_factory=dict)  # of taps, by SHA-256
+    max_taps: int = MAX_TAPS  # in one step
 
     def graph_bytes(self, segments: Segments, span: range) -> int:
         """Estimate of what autograd keeps of one step.
@@ -59,8 +69,18 @@ class Backbone:
         return linear + 5 * squares * heads * self.dtype.itemsize * len(span)
 
 
-def load_backbone(model: str, policy: CutPolicy, *, device: str, dtype: str) -> Backbone:
+def load_backbone(
+    model: str,
+    policy: CutPolicy,
+    *,
+    device: str,
+    dtype: str,
+    projection: ProjectionOptions | None = None,
+    max_taps: int = MAX_TAPS,
+) -> Backbone:
     """Load the trunk of `model` (folder or hub id) onto the device, test it, and hash all weights.
+
+    With `projection`, taps are offered through it as well as raw.
 
     Raises `UsageError` and its kin for what the operator can mend.
     """
@@ -94,6 +114,14 @@ def load_backbone(model: str, policy: CutPolicy, *, device: str, dtype: str) -> 
     weights = checkpoint.weight_blobs(anatomy)
     blobs = weights + checkpoint.file_blobs()
     print_ = fingerprint(checkpoint.config, {blob.name: blob.sha256 for blob in weights})
+    projections: dict[str, Projection] = {}
+    if projection is not None:
+        fitted = provide_projection(projection, checkpoint, trunk, loaded, print_)
+        sha256 = fitted.sha256(projection.file.read_bytes())
+        check_projection(fitted, trunk, loaded, as_dtype)
+        projections[sha256] = fitted
+        blobs.append(projection_blob(projection.file, sha256))
+        _log.info("taps go through projection %s to %d elements", sha256[:12], fitted.size)
     _log.info("loaded blocks %d to %d of %s on %s as %s", loaded[0], loaded[-1], model, on, as_dtype)
     return Backbone(
         name=Path(model).name if Path(model).is_dir() else model,
@@ -105,4 +133,6 @@ def load_backbone(model: str, policy: CutPolicy, *, device: str, dtype: str) -> 
         config_json=json.dumps(checkpoint.config),
         test=test,
         blobs_by_hash={blob.sha256: blob for blob in blobs},
+        projections=projections,
+        max_taps=max_taps,
     )

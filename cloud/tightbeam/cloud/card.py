@@ -36,5 +36,13 @@ def make_card(backbone: Backbone, max_tokens_per_step: int, prices: Prices) -> p
         prices=pb.Prices(
             currency=prices.currency, per_gigabyte=prices.per_gigabyte, per_petaflop=prices.per_petaflop
         ),
+        tap_offer=pb.TapOffer(
+            blocks=policy.loaded(trunk.num_blocks),
+            max_taps=backbone.max_taps,
+            projections=[
+                pb.Projection(sha256=sha256, size=projection.size)
+                for sha256, projection in backbone.projections.items()
+            ],
+        ),
         blobs=[pb.Blob(name=b.name, sha256=b.sha256, num_bytes=b.num_bytes) for b in backbone.blobs],
     )

@@ -6,16 +6,16 @@ gives the same bits on the same device. Adapters live at the edge: nothing here 
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from tightbeam.cloud.retention import Kept, Retention, StepKey
-from tightbeam.common.backbone import PackedTrunk, Segments
+from tightbeam.common.backbone import PackedTrunk, Projection, Segments, Taps
 from tightbeam.common.costs.flops import TrunkFlops
 from tightbeam.common.errors import CloudBusyError, NonFiniteError, ProtocolError, UnknownStepError
 
@@ -33,16 +33,27 @@ class Done:
     queue_s: float
     compute_s: float
     retention: Literal["hold", "recompute"]
+    taps: dict[int, Tensor] = field(default_factory=dict)  # block -> [N, size]
 
 
 class Engine:
-    """Runs forwards and backwards of spans of the trunk."""
+    """Runs forwards and backwards of spans of the trunk.
 
-    def __init__(self, trunk: PackedTrunk, retention: Retention, dtype: torch.dtype) -> None:
+    `projections` are those that taps may go through, by SHA-256.
+    """
+
+    def __init__(
+        self,
+        trunk: PackedTrunk,
+        retention: Retention,
+        dtype: torch.dtype,
+        projections: Mapping[str, Projection] | None = None,
+    ) -> None:
         self._trunk = trunk
         self._retention = retention
         self._dtype = dtype
         self._device = trunk.device()
+        self._projections = {name: p.to(self._device) for name, p in (projections or {}).items()}
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
         self._flops: dict[range, TrunkFlops] = {}
 
@@ -54,6 +65,16 @@ class Engine:
         Raises `NonFiniteError` for NaN or Inf in `hidden_ND`.
         """
         return await self._queue(lambda: self._forward(key, hidden_ND, segments, span, keep))
+
+    async def forward_tapped(self, hidden_ND: Tensor, segments: Segments, span: range, taps: Taps) -> Done:
+        """As `forward` without `keep`, and the taps beside it; `taps` were admitted."""
+        tapped: dict[int, Tensor] = {}
+
+        def work() -> tuple[Tensor, int, Literal["hold", "recompute"]]:
+            out_ND, flops = self._forward_tapped(hidden_ND, segments, span, taps, tapped)
+            return out_ND, flops, "recompute"
+
+        return replace(await self._queue(work), taps=tapped)
 
     async def backward(
         self, key: StepKey, grad_ND: Tensor, hidden_ND: Tensor | None, segments: Segments, span: range
@@ -103,6 +124,20 @@ class Engine:
             self._retention.put(key, hidden_ND, out_ND if hold else None, segments, span)
         flops = self._count(span).forward(segments.lengths)
         return out_ND.detach(), flops, "hold" if hold else "recompute"
+
+    @torch.no_grad()
+    def _forward_tapped(
+        self, hidden_ND: Tensor, segments: Segments, span: range, taps: Taps, tapped: dict[int, Tensor]
+    ) -> tuple[Tensor, int]:
+        hidden_ND = self._admit(hidden_ND, "activations")
+        out_ND, inner = self._trunk.run_tapped(hidden_ND, segments, span, taps.blocks)
+        flops = self._count(span).forward(segments.lengths)
+        if taps.projection:
+            project = self._projections[taps.projection]
+            inner = {block: project(block, tap_ND) for block, tap_ND in inner.items()}
+            flops += 2 * len(hidden_ND) * self._trunk.hidden_size * taps.size * len(inner)
+        tapped.update({block: tap_NP.cpu() for block, tap_NP in inner.items()})
+        return out_ND, flops
 
     def _backward(
         self, key: StepKey, grad_ND: Tensor, hidden_ND: Tensor | None, segments: Segments, span: range

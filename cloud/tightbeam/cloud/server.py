@@ -18,9 +18,10 @@ from grpc_reflection.v1alpha import reflection
 from tightbeam.cloud.backbone import load_backbone
 from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger
+from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.cloud.retention import Retention
 from tightbeam.cloud.service import BackboneService
-from tightbeam.common.backbone import CutPolicy
+from tightbeam.common.backbone import MAX_TAPS, CutPolicy
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.devices import free_memory_bytes
 from tightbeam.common.errors import IdentityError, UsageError
@@ -62,6 +63,8 @@ class ServeOptions:
     max_tokens_per_step: int = 65536
     in_flight_bytes: int | None = None  # of steps on their way; None: a quarter of free host memory
     prices: Prices = field(default_factory=Prices)
+    projection: ProjectionOptions | None = None  # taps are offered through it; None: raw only
+    max_taps: int = MAX_TAPS  # in one step; 0 hands out none
 
 
 async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda port: None) -> None:
@@ -79,12 +82,15 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
             CutPolicy.parse(options.cut_policy),
             device=options.device,
             dtype=options.dtype,
+            projection=options.projection,
+            max_taps=options.max_taps,
         )
         budget = options.retention_bytes
         budget = free_memory_bytes(backbone.trunk.device()) // 4 if budget is None else budget
         in_flight = options.in_flight_bytes
         in_flight = free_memory_bytes(torch.device("cpu")) // 4 if in_flight is None else in_flight
-        engine = Engine(backbone.trunk, Retention(budget, backbone.graph_bytes), backbone.dtype)
+        retention = Retention(budget, backbone.graph_bytes)
+        engine = Engine(backbone.trunk, retention, backbone.dtype, backbone.projections)
         service = BackboneService(
             backbone,
             engine,

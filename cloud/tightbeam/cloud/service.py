@@ -16,6 +16,7 @@ from tightbeam.cloud.ledger import Ledger, RunUsage
 from tightbeam.cloud.rpc import Context, abort, caller, require_same_tenant
 from tightbeam.cloud.steps import StepRunner, receipt
 from tightbeam.cloud.stream import StepStream
+from tightbeam.cloud.tapping import TapRules
 from tightbeam.common.backbone import Cut
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import FingerprintError, StaleHandshakeError, TightbeamError, UsageError
@@ -49,7 +50,8 @@ class BackboneService:
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
         self._runner = StepRunner(
             engine, ledger, self._pool,
-            hidden_size=backbone.trunk.hidden_size, limits=self._card.limits, tls=tls,
+            hidden_size=backbone.trunk.hidden_size, limits=self._card.limits,
+            tap_rules=TapRules(self._card.tap_offer, backbone.trunk.hidden_size), tls=tls,
         )  # fmt: skip
         self._waiting = WaitingRoom(Quota("sessions without a stream", 512, 16))
         self._open_streams = Quota("open streams", 512, 32)

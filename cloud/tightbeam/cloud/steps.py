@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tightbeam.cloud.engine import Done, Engine
 from tightbeam.cloud.ledger import Ledger, LedgerEntry
+from tightbeam.cloud.tapping import TapRules
+from tightbeam.common.backbone import tap_name
 from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, ProtocolError, StepTooLargeError
@@ -51,10 +53,12 @@ class StepRunner:
         *,
         hidden_size: int,
         limits: pb.Limits,
+        tap_rules: TapRules,
         tls: bool,
     ) -> None:
         self._engine, self._ledger, self._pool = engine, ledger, pool
         self._hidden_size, self._limits, self._tls = hidden_size, limits, tls
+        self._tap_rules = tap_rules
         self._draining = False
 
     def drain(self) -> None:
@@ -73,11 +77,11 @@ class StepRunner:
                 "This cloud is shutting down.", cure="Retry: another may take its place."
             )
 
-    def admit(self, header: pb.StepRequest) -> int:
+    def admit(self, header: pb.StepRequest, span: range) -> int:
         """Refuse a request by its header, before memory is taken for its tensors; returns how many bytes.
 
         Raises `StepTooLargeError` for one that will never be accepted, `ProtocolError` for one that
-        contradicts itself, `CodecError`.
+        contradicts itself, `StepRefusedError` for taps that are not on offer, `CodecError`.
         """
         num_tokens = sum(header.lengths)
         if num_tokens > self._limits.max_tokens_per_step:
@@ -93,9 +97,12 @@ class StepRunner:
         if any(list(spec.shape) != shape for spec in header.tensors):
             raise ProtocolError(f"The tensors of a step of {num_tokens} tokens must have the shape {shape}.")
         self._admit_positions(header)
-        decoded_bytes = _DECODED_ITEM_BYTES * math.prod(shape)
+        taps = self._tap_rules.check(header, span)
         names = [spec.codec for spec in header.tensors] + [header.reply_codec]
-        return sum(codec(name).num_bytes(shape) + decoded_bytes for name in names)
+        whole = sum(_footprint(name, shape) for name in names)
+        if taps is None:
+            return whole
+        return whole + len(taps.blocks) * _footprint(header.reply_codec, [num_tokens, taps.size])
 
     def _admit_positions(self, header: pb.StepRequest) -> None:
         # an entry counts at least one token, so the lists are no longer than the tensors
@@ -123,7 +130,12 @@ class StepRunner:
         sha256 = await self._in_pool(content_sha256, header, session.cut, message.payloads[0])
         if header.kind == pb.FORWARD:
             hidden_ND = await self._in_pool(message.tensor, HIDDEN)
-            done = await self._engine.forward(key, hidden_ND, segments, span, keep=header.keep)
+            taps = self._tap_rules.check(header, span)
+            done = await (
+                self._engine.forward(key, hidden_ND, segments, span, keep=header.keep)
+                if taps is None
+                else self._engine.forward_tapped(hidden_ND, segments, span, taps)
+            )
             name = HIDDEN
         else:
             grad_ND = await self._in_pool(message.tensor, GRADIENT)
@@ -131,22 +143,30 @@ class StepRunner:
             done = await self._engine.backward(key, grad_ND, inputs_ND, segments, span)
             name = GRADIENT
         seed = rounding_seed(session.run, header.step)
-        spec, payload = await self._in_pool(encode_tensor, name, done.tensor_ND, header.reply_codec, seed)
+        results = {name: done.tensor_ND} | {tap_name(block): t for block, t in done.taps.items()}
+        coded = [
+            await self._in_pool(encode_tensor, result, tensor, header.reply_codec, seed)
+            for result, tensor in results.items()
+        ]
+        payloads = [payload for _, payload in coded]
         reply = pb.StepReply(
-            step=header.step, kind=header.kind, tensors=[spec],
+            step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
             queue_s=done.queue_s, compute_s=done.compute_s, flops=done.flops,
         )  # fmt: skip
-        moved = self._measure(message, reply, payload)
+        moved = self._measure(message, reply, payloads)
         billed = await self._in_pool(self._ledger.record, _entry(header, session, sha256.hex(), done, moved))
         if billed.before is not None:
             reply.billed_before.CopyFrom(receipt(billed.before))
-        return reply, [payload]
+        return reply, payloads
 
-    def _measure(self, message: Message[pb.StepRequest], reply: pb.StepReply, payload: Tensor) -> StepBytes:
-        down = sealed_sizes(reply.SerializeToString(), [payload.numel()])
+    def _measure(
+        self, message: Message[pb.StepRequest], reply: pb.StepReply, payloads: list[Tensor]
+    ) -> StepBytes:
+        sizes = [payload.numel() for payload in payloads]
+        down = sealed_sizes(reply.SerializeToString(), sizes)
         return StepBytes(
             payload_up_bytes=message.payload_bytes,
-            payload_down_bytes=payload.numel(),
+            payload_down_bytes=sum(sizes),
             sealed_up_bytes=sum(message.sealed_sizes),
             sealed_down_bytes=sum(down),
             wire_up_bytes=wire_bytes(message.sealed_sizes, tls=self._tls),
@@ -156,6 +176,11 @@ class StepRunner:
     async def _in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         assert not kwargs
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+def _footprint(codec_name: str, shape: list[int]) -> int:
+    """Bytes of a tensor coded and decoded."""
+    return codec(codec_name).num_bytes(shape) + _DECODED_ITEM_BYTES * math.prod(shape)
 
 
 def receipt(moved: StepBytes) -> pb.Receipt:

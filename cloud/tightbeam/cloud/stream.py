@@ -66,7 +66,7 @@ class StepStream:
                 self._begin(message, answers)
 
     def _admit(self, header: pb.StepRequest) -> None:
-        num_bytes = self._runner.admit(header)
+        num_bytes = self._runner.admit(header, self._span)
         self._quota.take(self._session.peer, num_bytes)
         self._arriving_bytes = num_bytes
 

@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tightbeam.common.backbone import Anatomy, Checkpoint, fingerprint
+from tightbeam.common.backbone import PROJECTION_BLOB, Anatomy, Checkpoint, fingerprint
 from tightbeam.common.backbone.checkpoint import AUXILIARY_FILES
 from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
 __all__ = ["BlobStore", "WeightSource", "cache_folder", "check_card", "local_source"]
 
+_NO_WEIGHTS = ("file/", PROJECTION_BLOB)  # blobs that the fingerprint does not cover
 _ONE_DOWNLOAD = threading.Lock()  # within a process; between processes, partial files have their own names
 Fetch = Callable[[str, int], Iterator[bytes]]  # sha256, offset -> pieces
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
@@ -44,7 +45,7 @@ def check_card(card: Card) -> None:
         raise ProtocolError(
             "The cloud names weights by something else than SHA-256."
         )  # it is a file name here
-    weights = {blob.name: blob.sha256 for blob in card.blobs if not blob.name.startswith("file/")}
+    weights = {blob.name: blob.sha256 for blob in card.blobs if not blob.name.startswith(_NO_WEIGHTS)}
     try:
         config = json.loads(card.config_json)
     except ValueError as error:

@@ -7,11 +7,14 @@ from tightbeam.common.backbone.families import FAMILIES, Anatomy, check_family, 
 from tightbeam.common.backbone.packing import Packer, Segments
 from tightbeam.common.backbone.selftest import SelfTest, self_test
 from tightbeam.common.backbone.skeleton import build_skeleton, config_from_dict, fill
+from tightbeam.common.backbone.taps import MAX_TAPS, PROJECTION_BLOB, Projection, Taps, tap_name
 from tightbeam.common.backbone.trunk import PackedTrunk, Trunk
 
 __all__ = [
     "FAMILIES",
+    "MAX_TAPS",
     "PACKED_ATTENTION",
+    "PROJECTION_BLOB",
     "Anatomy",
     "Blob",
     "Checkpoint",
@@ -19,9 +22,11 @@ __all__ = [
     "CutPolicy",
     "PackedTrunk",
     "Packer",
+    "Projection",
     "SegmentTable",
     "Segments",
     "SelfTest",
+    "Taps",
     "Trunk",
     "build_skeleton",
     "check_family",
@@ -32,4 +37,5 @@ __all__ = [
     "packed_attention",
     "resolve_model",
     "self_test",
+    "tap_name",
 ]

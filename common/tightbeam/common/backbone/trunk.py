@@ -7,6 +7,7 @@ the first wanted block and takes the result out after the last.
 N = packed tokens, D = hidden size.
 """
 
+from collections.abc import Collection
 from typing import Any, Protocol
 
 import torch
@@ -31,9 +32,11 @@ class Trunk(Protocol):
 class _Flight:
     """What the slots share during one pass."""
 
-    def __init__(self, span: range, hidden_1ND: Tensor) -> None:
+    def __init__(self, span: range, hidden_1ND: Tensor, taps: Collection[int] = ()) -> None:
         self.span = span
         self.hidden_1ND = hidden_1ND
+        self.taps = taps
+        self.tapped: dict[int, Tensor] = {}  # block -> what it put out
 
 
 class _Slot(nn.Module):
@@ -50,6 +53,8 @@ class _Slot(nn.Module):
         if self.index in flight.span:
             result = self.block(flight.hidden_1ND, *args, **kwargs)
             flight.hidden_1ND = result[0] if isinstance(result, tuple) else result
+            if self.index in flight.taps:
+                flight.tapped[self.index] = flight.hidden_1ND
         return hidden_1ND  # the model's own stream stays a dummy; the result is taken from the flight
 
     @property
@@ -91,15 +96,23 @@ class PackedTrunk:
 
     def run(self, hidden_ND: Tensor, segments: Segments, span: range) -> Tensor:
         """Apply blocks `span` to `[N, D]`; gradients flow to `hidden_ND` when it asks for them."""
+        return self.run_tapped(hidden_ND, segments, span, ())[0]
+
+    def run_tapped(
+        self, hidden_ND: Tensor, segments: Segments, span: range, taps: Collection[int]
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """The same, and what the blocks `taps` within the span put out, `[N, D]` each."""
         table = SegmentTable(segments, hidden_ND.device)
-        return self._fly(hidden_ND[None], segments.positions_N[None], span, segments=table)[0]
+        flight = _Flight(span, hidden_ND[None], taps)
+        out_1ND = self._fly(flight, segments.positions_N[None], segments=table)
+        return out_1ND[0], {index: tap_1ND[0] for index, tap_1ND in flight.tapped.items()}
 
     def run_plain(self, hidden_BTD: Tensor, positions_BT: Tensor, span: range) -> Tensor:
         """The same blocks with whatever stock attention is set, unpacked: the reference of the self-test."""
-        return self._fly(hidden_BTD, positions_BT, span)
+        return self._fly(_Flight(span, hidden_BTD), positions_BT)
 
-    def _fly(self, hidden_BTD: Tensor, positions_BT: Tensor, span: range, **kwargs: Any) -> Tensor:
-        self.flight = _Flight(span, hidden_BTD)
+    def _fly(self, flight: _Flight, positions_BT: Tensor, **kwargs: Any) -> Tensor:
+        self.flight, hidden_BTD = flight, flight.hidden_1ND
         width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)  # OPT projects its embeddings
         dummy_BTW = hidden_BTD.new_zeros(1, 1, 1).expand(*hidden_BTD.shape[:2], width)
         try:
@@ -109,7 +122,7 @@ class PackedTrunk:
                 use_cache=False,
                 **kwargs,
             )
-            return self.flight.hidden_1ND
+            return flight.hidden_1ND
         finally:
             self.flight = None
 
