@@ -142,6 +142,7 @@ class Cloud:
         self._store = BlobStore(cache_folder(), self._fetch, on_download)
         self._steppers: list[Stepper] = []
         self._numbers = itertools.count()
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -153,6 +154,7 @@ class Cloud:
 
     def close(self) -> None:
         """End the streams and the connection."""
+        self._closed = True
         for stepper in self._steppers:
             stepper.close()
         self._channel.close()
@@ -264,6 +266,11 @@ class Cloud:
 
     def _open_stream(self, cut: str) -> Channel:
         """A fresh handshake and its stream; the card is fetched again, for a restarted cloud has new keys."""
+        if self._closed:
+            raise UsageError(
+                "The connection to the cloud of this model was closed.",
+                cure="Use the model within `with connect(...)`.",
+            )
         fingerprint = self.card.fingerprint
         try:
             card = self._stub.Describe(pb.DescribeRequest(), timeout=_CALL_S)
