@@ -1,4 +1,4 @@
-"""Pydantic's complaints about a recipe in plain words: the dotted key, where it stands, what was expected.
+"""Pydantic's complaints about a file in plain words: the dotted key, where it stands, what was expected.
 
 An unknown key comes with the nearest known one, searched in its own section first and then everywhere, so
 that `lr` at the top level points to `train.lr`.
@@ -48,8 +48,11 @@ def explain(error: ValidationError, model: type[BaseModel], places: Mapping[str,
     problems: dict[str, list[ErrorDetails]] = {}
     for problem in error.errors():
         problems.setdefault(_dotted(problem["loc"], keys), []).append(problem)
+    missing = [path for path, found in problems.items() if found[0]["type"] == "missing"]
+    missing_last = sorted(problems.items(), key=lambda item: item[0] in missing)
     return "\n".join(
-        f"{_place(path, places, origin)}: {_sentence(found, path, keys)}" for path, found in problems.items()
+        f"{_place(path, places, origin)}: {_sentence(found, path, keys, missing)}"
+        for path, found in missing_last
     )
 
 
@@ -80,20 +83,22 @@ def _place(path: str, places: Mapping[str, str], origin: str) -> str:
     return origin
 
 
-def _sentence(problems: list[ErrorDetails], path: str, keys: list[str]) -> str:
+def _sentence(problems: list[ErrorDetails], path: str, keys: list[str], missing: list[str]) -> str:
     """Several problems with one key are the branches of a union: any of them would have done."""
     first = problems[0]
     if first["type"] == "extra_forbidden":
-        return f"unknown key {path}.{_nearest_key(path, keys)}"
+        return f"unknown key {path}.{_nearest_key(path, keys, missing)}"
     if first["type"] == "missing":
         return f"{path} is missing."
     if first["type"] == "value_error":
-        return f"{path or 'the recipe'} is refused: {first['ctx']['error']}."
+        return f"{path or 'the file'} is refused: {first['ctx']['error']}."
     expected = " or ".join(dict.fromkeys(_expected(problem, path) for problem in problems))
-    return f"{path or 'the recipe'} should be {expected}, not {_shown(first['input'])}."
+    return f"{path or 'the file'} should be {expected}, not {_shown(first['input'])}."
 
 
-def _nearest_key(path: str, keys: list[str]) -> str:
+def _nearest_key(path: str, keys: list[str], missing: list[str]) -> str:
+    if near := difflib.get_close_matches(path, missing, n=1):
+        return f" Did you mean {near[0]}?"
     section, _, leaf = path.rpartition(".")
     siblings = [key for key in keys if key.rpartition(".")[0] == section]
     by_leaf = {key.rpartition(".")[2]: key for key in [*keys, *siblings]}
@@ -114,7 +119,9 @@ def _expected(problem: ErrorDetails, path: str) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     stem = kind.split("_")[0]
     if stem == "string":
-        return _LOOKS.get(path, "a codec name, for example int8" if path.startswith("codec") else "text")
+        codec = "codec" in path.split(".")
+        leaf = path.rpartition(".")[2]
+        return _LOOKS.get(path) or _LOOKS.get(leaf, "a codec name, for example int8" if codec else "text")
     if kind == "literal_error":
         return str(context["expected"])
     for name, words in _LIMITS.items():

@@ -44,9 +44,10 @@ def run_demo(*, model: str | None, data: Sequence[Path], steps: int, output: Pat
 
     """
     folder = (output / time.strftime("demo-%Y%m%d-%H%M%S")).absolute()
+    own = _own_texts(data) if data else None  # before the model: a wrong file is told at once
     _say("fetching and preparing the model and the texts (only the first time takes long) ...")
     source = model or str(prepare_model(cache_folder()))
-    texts = _own_texts(data) if data else prepare_texts(cache_folder(), folder / "texts")
+    texts = own or prepare_texts(cache_folder(), folder / "texts")
     names = [text.name for text in texts]
     init_certificates(folder / "certs", clients=[*names, "demo"])
     _say(f"logs, adapters and accounts go to {folder}")

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from rich.console import Console
@@ -27,7 +27,10 @@ from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import Scenario
 from tightbeam.simulations.shards import client_files
 
-__all__ = ["require_flower", "run_scenario"]
+__all__ = ["require_flower", "run_apps", "run_scenario"]
+
+if TYPE_CHECKING:
+    from tightbeam.simulations.grid import ClientCall
 
 _FLOWER = ((1, 41), (1, 43))  # from, below
 _READY_S = 180.0
@@ -48,7 +51,7 @@ def run_scenario(scenario: Scenario, *, resume: bool = False, console: Console |
     client_files(scenario, folder, scenario.profiles()[0].name)  # an impossible partition is told first
     with signals_as_exit(), _cloud(scenario, folder, console) as (address, identities):
         atomic_write(folder / "scenario.yaml", yaml.safe_dump(scenario.model_dump(mode="json")))
-        _run(scenario, address, identities, resume, console)
+        run_apps(scenario, address, identities, console=console, resume=resume)
     from tightbeam.simulations.report import write_report
 
     return write_report(folder, scenario)
@@ -67,11 +70,23 @@ def require_flower() -> None:
         raise UsageError(f"flwr {found} is installed.", cure='Run `pip install "flwr>=1.41,<1.43"`.')
 
 
-def _run(scenario: Scenario, address: str, identities: Path | None, resume: bool, console: Console) -> None:
+def run_apps(
+    scenario: Scenario,
+    address: str,
+    identities: Path | None,
+    *,
+    console: Console,
+    resume: bool = False,
+    client_app: "ClientCall | None" = None,
+) -> None:
+    """Run both apps on the in-process grid against the cloud at `address`; insecure without identities.
+
+    Raises as `run_scenario`.
+    """
     import logging
 
-    # Slow to import: by now the cloud is loading its model.
-    from tightbeam.simulations.apps.client_app import app as client_app
+    # Slow to import: a cloud that was just started is loading its model meanwhile.
+    from tightbeam.simulations.apps.client_app import app
     from tightbeam.simulations.apps.server_app import app as server_app
     from tightbeam.simulations.apps.settings import Settings
     from tightbeam.simulations.grid import Exchange, InProcessGrid, run_in_process
@@ -84,7 +99,7 @@ def _run(scenario: Scenario, address: str, identities: Path | None, resume: bool
             records = reply.content.metric_records if reply.has_content() else {}
             progress.on_reply(exchange.partition, records.get("metrics", {}))
 
-        grid = InProcessGrid(client_app, scenario.clients, config, progress.on_start, on_exchange)
+        grid = InProcessGrid(client_app or app, scenario.clients, config, progress.on_start, on_exchange)
         grid.listener = progress.on_row
         run_in_process(grid, server_app, config)
 

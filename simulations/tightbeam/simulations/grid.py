@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["Exchange", "InProcessGrid", "message_bytes", "run_in_process"]
+__all__ = ["ClientCall", "Exchange", "InProcessGrid", "message_bytes", "run_in_process"]
 
+ClientCall = Callable[[Message, Context], Message]  # a ClientApp is one
 _FIRST_CLIENT = 2  # node 1 is the server
 
 
@@ -47,7 +47,7 @@ class InProcessGrid(Grid):
 
     def __init__(
         self,
-        client_app: ClientApp,
+        client_app: ClientCall,
         num_clients: int,
         run_config: Mapping[str, Any],
         on_start: Callable[[int, str], None] = lambda partition, kind: None,

@@ -17,9 +17,8 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tightbeam.common.config import Codecs, Section, checked_section
-from tightbeam.common.config_errors import did_you_mean
 from tightbeam.common.config_yaml import key_lines, parse_mapping
-from tightbeam.common.errors import RecipeError
+from tightbeam.common.errors import RecipeError, reason
 from tightbeam.simulations.profiles import DEVICES, NETWORKS, Budget, DeviceProfile, NetworkProfile
 
 __all__ = [
@@ -53,8 +52,7 @@ def _named(table: Mapping[str, Section], what: str) -> BeforeValidator:
         if not isinstance(value, str):
             return value
         if value not in table:
-            near = did_you_mean(value, list(table)) or f" Known: {', '.join(table)}."
-            raise ValueError(f"no {what} is called {value!r}.{near[:-1]}")
+            raise ValueError(f"no {what} is called {value!r}; known are {', '.join(table)}")
         return table[value].model_dump()
 
     return BeforeValidator(look_up)
@@ -322,7 +320,7 @@ def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"Cannot read the scenario {path}: {error}.", cure="Give the path of a YAML file."
+            f"Cannot read the scenario {path}: {reason(error)}.", cure="Give the path of a YAML file."
         ) from error
     mapping = parse_mapping(text, str(path))
     return scenario_from_mapping(mapping, overrides=overrides, origin=str(path), lines=key_lines(text))

@@ -3,6 +3,7 @@
 Dealing is a function of the scenario: any process can make the files of any client and gets the same bytes.
 """
 
+import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -28,19 +29,26 @@ Row = Mapping[str, Any]
 
 
 def client_files(scenario: Scenario, folder: Path, name: str) -> tuple[Path, Path]:
-    """Training and evaluation file of one client; all clients' are written when they are not there yet.
+    """Training and evaluation file of one client; all are written when they are not there yet.
 
     Raises:
         DataError: the data cannot be read, or cannot be dealt out as the scenario asks.
 
     """
-    train, held_out = folder / "clients" / name / "train.jsonl", folder / "clients" / name / "eval.jsonl"
-    if not (train.is_file() and held_out.is_file()):
-        for profile, (learn, test) in zip(scenario.profiles(), deal_rows(scenario), strict=True):
-            here = folder / "clients" / profile.name
-            for path, rows in ((here / "train.jsonl", learn), (here / "eval.jsonl", test)):
-                atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return train, held_out
+    here, dealt = folder / "clients", folder / "clients" / "dealt.sha256"
+    if not dealt.is_file() or dealt.read_text(encoding="ascii") != _digest(scenario):
+        for profile, parts in zip(scenario.profiles(), deal_rows(scenario), strict=True):
+            for kind, rows in zip(("train", "eval"), parts, strict=True):
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                atomic_write(here / profile.name / f"{kind}.jsonl", text)
+        atomic_write(dealt, _digest(scenario))  # last: with it, all are there
+    return here / name / "train.jsonl", here / name / "eval.jsonl"
+
+
+def _digest(scenario: Scenario) -> str:
+    """Of what the files follow from, the data themselves left out."""
+    parts = scenario.data.model_dump_json(), scenario.partition.model_dump_json(), scenario.clients
+    return hashlib.sha256(repr((parts, scenario.seed)).encode()).hexdigest()
 
 
 def deal_rows(scenario: Scenario) -> list[tuple[list[Row], list[Row]]]:

@@ -109,7 +109,9 @@ def _train(client: Client, content: RecordDict) -> RecordDict:
         lent.wear(arrays, folded)
         try:
             work = lent.train(learn, task, pad_id(_LENDER.tokenizer(cloud)), rows)
-            update = to_record(lent.arrays(only_B=task.only_B))
+            trained = lent.arrays(only_B=task.only_B)
+            # In the order that they came in: Flower's FedAvgM pairs arrays by position.
+            update = to_record({name: trained[name] for name in arrays if name in trained})
         finally:
             lent.undress()
         first = held_bytes(_blobs(cloud), client.profile.options.cut, cloud.card.num_blocks)
@@ -192,7 +194,8 @@ def _affordable(
         hidden_size=cloud.card.hidden_size,
         dtype=cloud.card.dtype,
         gradients=options.mode == "ushape",
-        adapter_bytes=2 * content.array_records["arrays"].count_bytes(),
+        # down, up, and down again: to be asked once more costs even those who then leave
+        adapter_bytes=3 * content.array_records["arrays"].count_bytes(),
         joules=options.device.seconds(flops) * options.device.watts,
         cloud_flops=_cloud_flops(cloud, options.cut, options.mode, lent.plan_tokens(examples, task)),
     )
