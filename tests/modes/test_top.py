@@ -96,10 +96,10 @@ CONSTANT = {
 
 
 def test_training_is_that_of_the_whole_model(cloud: InProcessCloud, folder: Path, tmp_path: Path) -> None:
-    recipe = cached_recipe(tmp_path, train=CONSTANT, **PLAIN)
+    recipe = cached_recipe(tmp_path, train={**CONSTANT, "epochs": 2}, **PLAIN)
     result, _ = train_over(cloud, recipe)
     expected = local_losses(recipe, folder, range(4, 6))
-    assert len(expected) == 24
+    assert len(expected) == 16  # an epoch that fetches and one that does not
     assert [float(loss) for loss in losses(result.folder)] == pytest.approx(expected, abs=1e-5)
     other = local_losses(recipe, folder, range(3, 6))  # and the comparison can tell
     assert [float(loss) for loss in losses(result.folder)] != pytest.approx(other, abs=1e-5)
