@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import grpc
 from torch import Tensor
 
+from tightbeam.common.backbone import tap_name
 from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.errors import (
@@ -150,13 +151,21 @@ class GrpcChannel:
             self._fail(CloudUnavailableError("The cloud closed the stream."))
 
     def _admit(self, header: StepReply) -> None:
-        """A reply must answer a pending request with a tensor of its shape, or with a failure."""
+        """A reply must answer a pending request with a tensor of its shape and its taps, or a failure."""
         pending = self._pending.get((header.step, header.kind))
         if pending is None:
             raise ProtocolError(f"The cloud answered step {header.step}, which nobody asked.")
         shapes = [list(spec.shape) for spec in header.tensors]
-        expected = [] if header.HasField("failure") else [list(pending.header.tensors[0].shape)]
-        if shapes != expected:
+        taps = [spec.name for spec in header.tensors[1:]]
+        num_tokens, width = pending.header.tensors[0].shape
+        # how wide a tap is, the stepper knows; here it must not be wider than the hidden states
+        fits = all(len(shape) == 2 and shape[0] == num_tokens and shape[1] <= width for shape in shapes[1:])
+        if header.HasField("failure"):
+            answers = not shapes
+        else:
+            answers = shapes[:1] == [[num_tokens, width]] and fits
+            answers &= taps == [tap_name(block) for block in pending.header.taps]
+        if not answers:
             raise ProtocolError(f"The cloud answered step {header.step} with tensors of shape {shapes}.")
 
     def _deliver(self, message: Message[StepReply]) -> None:

@@ -23,8 +23,10 @@ __all__ = ["PassThrough", "RemoteTrunk", "Shortcut", "through_cloud"]
 class Shortcut(Protocol):
     """Answers for a trunk whose input never changes, from what the cloud said before."""
 
+    trains_below: bool  # whether what is trained below the cut has another way than through the trunk
+
     def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
-        """Hidden states after the trunk, `[N, D]` on the CPU; not differentiable."""
+        """Hidden states after the trunk, `[N, D]`; differentiable only if something is trained below."""
         ...
 
 
@@ -36,6 +38,7 @@ class RemoteTrunk(nn.Module):
         self.stepper = stepper
         self.attention_type = attention_type  # some models ask their blocks for it
         self.shortcut: Shortcut | None = None
+        self.ladder: nn.Module | None = None  # of mode side: here, the model's parameters include it
         self._mask_BT: Tensor | None = None
 
     def watch(self, anatomy: Anatomy) -> None:
@@ -50,7 +53,7 @@ class RemoteTrunk(nn.Module):
         hidden_ND = packer.pack(hidden_BTD)
         if self.shortcut is None:
             return packer.unpack(through_cloud(hidden_ND, self.stepper, packer.segments))
-        if torch.is_grad_enabled() and hidden_ND.requires_grad:
+        if torch.is_grad_enabled() and hidden_ND.requires_grad and not self.shortcut.trains_below:
             raise UsageError(
                 "Something below the cut is trained, so the trunk cannot answer from a cache.",
                 cure="Freeze the bottom, its embeddings and adapters included, or use mode ushape.",

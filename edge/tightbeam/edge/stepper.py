@@ -9,16 +9,17 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from tightbeam.common.backbone import Segments
+from tightbeam.common.backbone import Segments, Taps, tap_name
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.common.errors import (
     IntegrityError,
     NonFiniteError,
+    ProtocolError,
     StepTooLargeError,
     TightbeamError,
     UnknownStepError,
@@ -59,6 +60,7 @@ class Stepper:
         numbers: Iterator[int] | None = None,
     ) -> None:
         self.run, self.codecs = run, codecs
+        self.taps: Taps | None = None  # asked for with every forward that no backward follows
         self._open_channel = open_channel
         self._max_tokens = max_tokens_per_step
         self._on_row, self._on_retry = on_row, on_retry
@@ -82,7 +84,19 @@ class Stepper:
     def collect(self, flight: "Flight") -> "Answer":
         """Wait for a submitted forward; a lost one is sent again. Raises what `forward` raises."""
         exchange = self._exchange(flight.job, flight)
-        return Answer(self._result(flight.job, exchange, HIDDEN), *_coded(exchange))
+        rows = Answer(self._result(flight.job, exchange, HIDDEN), *_coded(exchange, HIDDEN))
+        return replace(rows, taps=tuple(self._taps_of(exchange, flight.job)))
+
+    def _taps_of(self, exchange: Exchange, job: "_Job") -> Iterator["Answer"]:
+        started_s = time.perf_counter()
+        for block in job.header.taps:
+            assert self.taps is not None
+            name = tap_name(block)
+            tap_NP = exchange.reply.tensor(name)
+            if tap_NP.shape[1] != self.taps.size:
+                raise ProtocolError(f"The cloud answered with a tap of {tap_NP.shape[1]} elements.")
+            yield Answer(tap_NP, *_coded(exchange, name))
+        job.codec_s += time.perf_counter() - started_s
 
     def _forward_job(self, hidden_ND: Tensor, segments: Segments, keep: bool) -> "_Job":
         if segments.num_tokens > self._max_tokens:
@@ -93,6 +107,9 @@ class Stepper:
         step = next(self._numbers)
         codecs = self.codecs
         job = _Job(FORWARD, step, segments, keep, codecs.activations_down, rounding_seed(self.run, step))
+        if self.taps is not None and not keep:
+            job.header.taps.extend(self.taps.blocks)
+            job.header.projection = self.taps.projection
         job.add(HIDDEN, _finite(hidden_ND, "activations"), codecs.activations_up)
         return job
 
@@ -186,16 +203,17 @@ class Flight:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A forward's result, decoded and as it crossed the wire."""
+    """A forward's result, decoded and as it crossed the wire; taps that came along are results too."""
 
     hidden_ND: Tensor  # on the CPU
     codec: str
     payload: Tensor  # uint8
+    taps: tuple["Answer", ...] = ()
 
 
-def _coded(exchange: Exchange) -> tuple[str, Tensor]:
+def _coded(exchange: Exchange, name: str) -> tuple[str, Tensor]:
     reply = exchange.reply
-    place = next(i for i, spec in enumerate(reply.header.tensors) if spec.name == HIDDEN)
+    place = next(i for i, spec in enumerate(reply.header.tensors) if spec.name == name)
     return reply.header.tensors[place].codec, reply.payloads[place]
 
 

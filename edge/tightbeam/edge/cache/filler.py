@@ -13,7 +13,7 @@ import torch
 
 from tightbeam.common.backbone import Segments, SegmentTable
 from tightbeam.edge.cache.keys import sample_digest
-from tightbeam.edge.cache.shortcut import TrunkShortcut, bottom_output
+from tightbeam.edge.cache.shortcut import TrunkShortcut
 from tightbeam.edge.stepper import Flight
 
 __all__ = ["Filler", "Sample"]
@@ -79,8 +79,7 @@ class Filler:
         segments = Segments(lengths, torch.cat([torch.arange(n) for n in lengths]))
         parts = self._shortcut.parts
         ids = [token for sample in group for token in sample.input_ids]
-        hidden_ND, seen = bottom_output(
-            parts,
+        hidden_ND, seen = self._shortcut.cut_activations(
             input_ids=torch.tensor([ids], device=parts.device),
             position_ids=segments.positions_N[None].to(parts.device),
             segments=SegmentTable(segments, parts.device),

@@ -58,6 +58,13 @@ class FrozenParts:
         return cls(anatomy.trunk_owner, anatomy.blocks, trunk, range(places[0]), top)
 
     @property
+    def below(self) -> list[nn.Module]:
+        """What runs before the trunk: embeddings and bottom blocks."""
+        children = self.owner.named_children()
+        embedding = [child for name, child in children if name == "project_in" or _embeds(child)]
+        return [*embedding, *(self.blocks[i] for i in self.bottom)]
+
+    @property
     def device(self) -> torch.device:
         """Where the edge's blocks are."""
         return next(p.device for p in self.owner.parameters() if not p.is_meta)
@@ -74,6 +81,10 @@ class FrozenParts:
             dtype=str(dtype).removeprefix("torch."),
             hidden_size=width,
         )
+
+
+def _embeds(module: nn.Module) -> bool:
+    return any(isinstance(inner, nn.Embedding) for inner in module.modules())
 
 
 @contextmanager
@@ -106,6 +117,8 @@ def bottom_output(parts: FrozenParts, **inputs: Any) -> tuple[Tensor, Segments]:
 class _Capture:
     """A shortcut that notes the trunk's input and hands it on unchanged."""
 
+    trains_below = False
+
     def __init__(self) -> None:
         self.inputs: list[tuple[Tensor, Segments]] = []
 
@@ -125,6 +138,8 @@ class _Lookup:
 
 class TrunkShortcut:
     """Stands behind a `RemoteTrunk` until `remove()`. Without a cache it fetches everything, every time."""
+
+    trains_below = False
 
     def __init__(
         self, parts: FrozenParts, cache: ActivationCache | None, dtype: torch.dtype, width: int
@@ -152,13 +167,30 @@ class TrunkShortcut:
         assert self.cache is not None
         assert answer.codec == self._wire_codec
         for digest, (start, stop) in zip(digests, segments.bounds, strict=True):
-            self.cache.put(digest, pack_entry(answer.codec, answer.payload, answer.hidden_ND, start, stop))
+            self.cache.put(digest, self.pack(answer, start, stop))
+
+    def pack(self, answer: Answer, start: int, stop: int) -> bytes:
+        """The cache's entry of rows `start` to `stop` of an answer."""
+        return pack_entry(answer.codec, answer.payload, answer.hidden_ND, start, stop)
+
+    def unpack(self, entry: bytes, num_tokens: int) -> Tensor:
+        """What `rows` gave for them."""
+        return unpack_entry(self._wire_codec, entry, num_tokens, self._width)
+
+    def rows(self, answer: Answer) -> Tensor:
+        """The part of an answer that is kept, one row a token."""
+        return answer.hidden_ND
+
+    def cut_activations(self, **inputs: Any) -> tuple[Tensor, Segments]:
+        """What goes to the cloud for the model's `inputs`, `[N, D]`."""
+        return bottom_output(self.parts, **inputs)
 
     def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the trunk, `[N, D]` on the CPU."""
         lookup = self._lookup
         if lookup is None:
-            return self.parts.trunk.stepper.forward(hidden_ND, segments, keep=False)[0]
+            stepper = self.parts.trunk.stepper
+            return self.rows(stepper.collect(stepper.submit(hidden_ND, segments)))
         # The key holds these positions: an activation of others must not pass for this sample's.
         assert segments.lengths == lookup.segments.lengths
         assert torch.equal(segments.positions_N, lookup.segments.positions_N)
@@ -177,7 +209,7 @@ class TrunkShortcut:
         answer = stepper.collect(stepper.submit(hidden_ND[index.to(hidden_ND.device)], part))
         if self.cache is not None and torch.is_grad_enabled():
             self.keep(answer, part, [lookup.digests[i] for i in missing])
-        rows: Sequence[Tensor] = answer.hidden_ND.to(self._dtype).split(list(part.lengths))
+        rows: Sequence[Tensor] = self.rows(answer).to(self._dtype).split(list(part.lengths))
         return rows
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -186,15 +218,8 @@ class TrunkShortcut:
                 child.eval()
         for i in self.parts.bottom:
             self.parts.blocks[i].eval()
-        self._lookup = None
-        if self.cache is None or self.parts.trunk.shortcut is not self:
-            return
-        inputs = _sample_inputs(args, kwargs)
-        if inputs is None:
-            return
-        lookup = self._look_up(*inputs)
-        self._lookup = lookup
-        if all(rows is not None for rows in lookup.held):
+        self._lookup = lookup = self._find(args, kwargs)
+        if lookup is not None and all(rows is not None for rows in lookup.held):
             self.forwards_without_bottom += 1
             self._bypass = passed_through(self.parts.blocks, self.parts.bottom)
             self._bypass.__enter__()
@@ -203,6 +228,13 @@ class TrunkShortcut:
         bypass, self._bypass, self._lookup = self._bypass, None, None
         if bypass is not None:
             bypass.__exit__(None, None, None)
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Lookup | None:
+        """What the cache has for a forward; None when it cannot tell."""
+        if self.cache is None or self.parts.trunk.shortcut is not self:
+            return None
+        inputs = _sample_inputs(args, kwargs)
+        return None if inputs is None else self._look_up(*inputs)
 
     def _look_up(self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor) -> _Lookup:
         packer = Packer((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, positions_BT)
@@ -217,7 +249,7 @@ class TrunkShortcut:
         payload = self.cache.get(digest)
         if payload is None:
             return None
-        return unpack_entry(self._wire_codec, payload, num_tokens, self._width).to(self._dtype)
+        return self.unpack(payload, num_tokens).to(self._dtype)
 
 
 def _sample_inputs(

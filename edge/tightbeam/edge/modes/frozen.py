@@ -6,13 +6,13 @@ fills, in the order in which the samples are first needed. All forwards run on p
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tightbeam.common.costs.flops import EdgeFlops, linear_params
-from tightbeam.edge.cache import ActivationCache
+from tightbeam.edge.cache import ActivationCache, Scope
 from tightbeam.edge.cache.filler import Filler, Sample
 from tightbeam.edge.cache.shortcut import FrozenParts, TrunkShortcut, passed_through
 from tightbeam.edge.data import Example
@@ -29,7 +29,7 @@ class FrozenPhase:
         base = job.model.get_base_model()
         self.job, self.start_step = job, start_step
         self.parts = FrozenParts.of(base)
-        self.bottom_sha256 = freeze_below(job, self.parts)
+        self.bottom_sha256 = self._freeze()
         self._stack = ExitStack()
         self.cache: ActivationCache | None = None
         self.filler: Filler | None = None
@@ -37,9 +37,7 @@ class FrozenPhase:
             section = job.recipe.cache
             width = int(base.config.get_text_config().hidden_size)
             if section.enabled:
-                scope = self.parts.scope(
-                    job.fingerprint, job.recipe.cut, self.bottom_sha256, base.dtype, width
-                )
+                scope = self._scope(base.dtype, width)
                 self.cache = stack.enter_context(
                     ActivationCache(
                         job.cache_folder,
@@ -49,8 +47,7 @@ class FrozenPhase:
                         warn=job.say,
                     )
                 )
-            self.shortcut = TrunkShortcut(self.parts, self.cache, base.dtype, width)
-            stack.callback(self.shortcut.remove)
+            self.shortcut = stack.enter_context(self._shortcut(base.dtype, width))
             stack.enter_context(packed_attention_in(base))
             if self.cache is not None:
                 self.filler = Filler(self.shortcut, self._groups())
@@ -96,6 +93,22 @@ class FrozenPhase:
         """Give the model back as an ordinary split model, and write the cache."""
         self._stack.close()
 
+    def _freeze(self) -> str:
+        return freeze_below(self.job, self.parts)
+
+    def _scope(self, dtype: torch.dtype, width: int) -> Scope:
+        job = self.job
+        return self.parts.scope(job.fingerprint, job.recipe.cut, self.bottom_sha256, dtype, width)
+
+    @contextmanager
+    def _shortcut(self, dtype: torch.dtype, width: int) -> Iterator[TrunkShortcut]:
+        """What answers for the trunk while the phase lasts."""
+        shortcut = TrunkShortcut(self.parts, self.cache, dtype, width)
+        try:
+            yield shortcut
+        finally:
+            shortcut.remove()
+
     def _count_flops(self) -> None:
         head = self.job.model.get_base_model().get_output_embeddings()
         self._head_weights = linear_params(head) if head is not None else 0
@@ -114,10 +127,7 @@ class FrozenPhase:
 
 def freeze_below(job: Job, parts: FrozenParts) -> str:
     """Train nothing below the cut any more; gives SHA-256 over what was trained there, or ""."""
-    below = [parts.blocks[i] for i in parts.bottom] + [
-        child for name, child in parts.owner.named_children() if name == "project_in" or _embeds(child)
-    ]
-    inside = {id(p) for module in below for p in module.parameters()}
+    inside = {id(p) for module in parts.below for p in module.parameters()}
     digest, found = hashlib.sha256(), False
     for name, parameter in job.model.named_parameters():
         if id(parameter) in inside and parameter.requires_grad:
@@ -128,10 +138,6 @@ def freeze_below(job: Job, parts: FrozenParts) -> str:
             parameter.requires_grad_(False)
             parameter.grad = None  # an optimizer passes over what has none, and keeps its state
     return digest.hexdigest() if found else ""
-
-
-def _embeds(module: nn.Module) -> bool:
-    return any(isinstance(inner, nn.Embedding) for inner in module.modules())
 
 
 def _samples(examples: Iterable[Example] | Sequence[Example]) -> list[Sample]:
