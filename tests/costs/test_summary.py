@@ -1,6 +1,7 @@
 """Sums over run folders, and what is said about folders that cannot be summed."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,5 +231,7 @@ def test_folders_must_exist_once(run: Path, tmp_path: Path) -> None:
         summarise([tmp_path / "nowhere"])
     with pytest.raises(DataError, match="twice"):
         summarise([run, run])
+    with pytest.raises(DataError, match=re.escape(f"Give the ones in it: {run}.")):
+        summarise([run.parent])
     with pytest.raises(DataError, match="No run folder was given"):
         summarise([])

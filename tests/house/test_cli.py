@@ -96,6 +96,31 @@ def test_an_error_is_one_line_with_its_cure(tmp_path: Path) -> None:
     assert "train.steps" in done.stderr or "steps" in done.stderr
 
 
+def test_help_says_what_the_arguments_are() -> None:
+    lines = tightbeam("report", "--help").stdout.splitlines()
+    assert "  RUN...  Run folders.  [required]" in lines
+
+
+@pytest.mark.parametrize(
+    ("words", "first"),
+    [
+        (["data", "check", "nope.jsonl", "--model", "a hub id that cannot be fetched"], "nope.jsonl"),
+        (["demo", "--data", "nope.jsonl"], "The demo has two edges, not 1"),
+    ],
+)
+def test_what_the_user_gave_is_looked_at_before_anything_is_fetched(words: list[str], first: str) -> None:
+    done = tightbeam(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert first in done.stderr.splitlines()[0]
+
+
+def test_an_unknown_key_comes_before_the_keys_that_it_leaves_out(tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(RECIPE.replace("model", "modle"), encoding="utf-8")
+    told = tightbeam("config", "check", "bad.yaml", cwd=tmp_path).stderr
+    assert told.startswith("error: bad.yaml:2: unknown key modle. Did you mean model? ")
+    assert "model is missing" in told
+
+
 def test_a_debugging_developer_gets_the_traceback(tmp_path: Path) -> None:
     done = tightbeam("config", "check", "missing.yaml", cwd=tmp_path, TIGHTBEAM_DEBUG="1")
     assert "Traceback" in done.stderr

@@ -11,12 +11,15 @@ from collections.abc import Sequence
 from typing import Annotated
 
 import typer
+import typer.core
 
 from tightbeam.cli import cache, certs, config, data, demo, doctor, report, serve, simulate, train, usage
 from tightbeam.cli.options import say
 from tightbeam.common.errors import TightbeamError
 
 __all__ = ["app", "main"]
+
+typer.core.HAS_RICH = False  # or --help, which is plain text, would say \[required] and \[default: ...]
 
 app = typer.Typer(
     name="tightbeam",

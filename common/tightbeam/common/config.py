@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from tightbeam.common.config_errors import explain
 from tightbeam.common.config_yaml import key_lines, parse_mapping, parse_value
-from tightbeam.common.errors import RecipeError
+from tightbeam.common.errors import RecipeError, reason
 
 __all__ = [
     "AdapterSection",
@@ -307,7 +307,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"Cannot read the recipe {path}: {error}.", cure="Give the path of a YAML file."
+            f"Cannot read the recipe {path}: {reason(error)}.", cure="Give the path of a YAML file."
         ) from error
     return recipe_from_mapping(
         parse_mapping(text, str(path)), overrides=overrides, origin=str(path), lines=key_lines(text)

@@ -59,6 +59,7 @@ __all__ = [
     "UsageError",
     "WireError",
     "error_from_code",
+    "reason",
 ]
 
 
@@ -233,3 +234,8 @@ _BY_CODE = {error.code: error for error in _tree(TightbeamError)}
 def error_from_code(code: str, message: str, cure: str = "") -> TightbeamError:
     """Rebuild the error that a peer named by `code`; an unknown code gives a plain `TightbeamError`."""
     return _BY_CODE.get(code, TightbeamError)(message, cure=cure)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, less the error number and the path, which a message names in its own words."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)

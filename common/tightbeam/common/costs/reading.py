@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.costs.rows import StepRow
-from tightbeam.common.errors import DataError
+from tightbeam.common.errors import DataError, reason
 
 __all__ = ["EvalRow", "OptimizerRow", "RunRecords", "RunRow", "TransferRow", "read_run"]
 
@@ -98,6 +98,10 @@ def read_run(folder: str | Path) -> RunRecords:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"There is no run folder {folder}.", cure=_CURE)
+    if not (folder / "config.yaml").exists():
+        inside = ", ".join(str(path.parent) for path in sorted(folder.glob("*/config.yaml")))
+        cure = f"Give the ones in it: {inside}." if inside else _CURE
+        raise DataError(f"{folder} is no run folder: it has no config.yaml.", cure=cure)
     records = RunRecords(folder.resolve().name, _config(folder / "config.yaml"), _env(folder / "env.json"))
     path = folder / "ledger.jsonl"
     for number, row in enumerate(read_ledger(path), 1):
@@ -136,7 +140,7 @@ def _config(path: Path) -> dict[str, Any]:
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"Cannot read {path}: {error}.", cure=_CURE) from error
+        raise DataError(f"Cannot read {path}: {reason(error)}.", cure=_CURE) from error
     if not isinstance(config, dict):
         raise DataError(f"{path} is not a recipe.", cure=_CURE)
     return config
@@ -149,5 +153,5 @@ def _env(path: Path) -> dict[str, Any]:
     try:
         env = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"Cannot read {path}: {error}.", cure=_CURE) from error
+        raise DataError(f"Cannot read {path}: {reason(error)}.", cure=_CURE) from error
     return env if isinstance(env, dict) else {}
