@@ -3,12 +3,11 @@
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from support.small_files import largest_file
 from tightbeam.common.config import Recipe, recipe_from_mapping
 from tightbeam.common.errors import RecipeError, TightbeamError, UsageError
 from tightbeam.common.runs import MetricsFile, RunFolder, atomic_write, write_failed
@@ -26,18 +25,6 @@ def _recipe(folder: Path, **train: object) -> Recipe:
     )
 
 
-@contextmanager
-def _largest_file(num_bytes: int) -> Iterator[None]:
-    """Let the kernel refuse larger files, as a full disk would."""
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def test_atomic_write_makes_folders_and_replaces(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.txt"
     atomic_write(path, "one")
@@ -50,7 +37,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path: Path) -> Non
     path = tmp_path / "a.txt"
     atomic_write(path, "old")
     with (
-        _largest_file(100),
+        largest_file(100),
         pytest.raises(TightbeamError, match=r"No space left to write .*a\.txt.*--resume"),
     ):
         atomic_write(path, "n" * 1000)
@@ -153,7 +140,7 @@ def test_resumed_metrics_drop_what_is_done_again_and_a_torn_line(tmp_path: Path)
 def test_a_full_disk_is_told_by_the_metrics_too(tmp_path: Path) -> None:
     metrics = MetricsFile(tmp_path / "metrics.csv")
     with (
-        _largest_file(os.path.getsize(tmp_path / "metrics.csv")),
+        largest_file(os.path.getsize(tmp_path / "metrics.csv")),
         pytest.raises(TightbeamError, match=r"metrics\.csv"),
     ):
         metrics.append(optimizer_step=1)

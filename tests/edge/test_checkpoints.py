@@ -6,7 +6,6 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 from support.edge_runs import tiny_llama, tiny_recipe, train_tiny
+from support.small_files import largest_file
 from tightbeam.common.config import AdapterSection
 from tightbeam.common.errors import RecipeError, TightbeamError
 from tightbeam.edge.adapters import attach_adapter
@@ -205,23 +205,12 @@ def test_another_recipe_or_another_adapter_is_refused(tmp_path: Path) -> None:
         _load(path, _state(AdapterSection(r=2, target_modules=["q_proj"])))
 
 
-@contextmanager
-def _largest_file(num_bytes: int) -> Iterator[None]:
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 @pytest.mark.parametrize("num_bytes", [0, 1000, 6000])
 def test_a_write_that_fails_leaves_the_last_good_one(tmp_path: Path, num_bytes: int) -> None:
     state = _state()
     good = _save(tmp_path, state, 1)
     with (
-        _largest_file(num_bytes),
+        largest_file(num_bytes),
         pytest.raises(TightbeamError, match=r"No space left to write .*step-2.*--resume"),
     ):
         _save(tmp_path, state, 2)
