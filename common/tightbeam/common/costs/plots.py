@@ -58,7 +58,7 @@ def loss_svg(edges: Sequence[Edge]) -> str:
         for index, edge in enumerate(edges):
             colour = _SERIES[index % NUM_COLOURS]
             if edge.train_loss:
-                axes.plot(*zip(*edge.train_loss, strict=True), color=colour, linewidth=1.0, alpha=0.45)
+                axes.plot(*zip(*edge.train_loss, strict=True), color=colour, linewidth=1.1, alpha=0.6)
             if edge.eval_loss:
                 axes.plot(
                     *zip(*edge.eval_loss, strict=True),
