@@ -96,6 +96,22 @@ def test_masks_that_cannot_be_packed_are_refused(llama: Cloud) -> None:
         model(batch["input_ids"], attention_mask=torch.zeros(2, 8, dtype=torch.int64))
 
 
+def test_holes_in_a_mask(tiny_cloud: Clouds) -> None:
+    """Dropped tokens change no result, except under a sliding window, which would count them."""
+    batch = ragged_batch(3, 12, side="right")
+    for hole in (2, 3, 7):
+        batch["attention_mask"][0, hole], batch["labels"][0, hole : hole + 2] = 0, -100
+    with connect(tiny_cloud("llama").address, insecure=True) as cloud:
+        split, whole = twins(cloud.load_model("1:2"), tiny_model("llama"), lora("llama"))
+        difference = compare(split, whole, batch)
+    assert difference.loss <= LOSS_TOLERANCE
+    assert difference.gradient <= GRADIENT_TOLERANCE
+    with connect(tiny_cloud("mistral").address, insecure=True) as cloud:
+        model: Any = cloud.load_model("1:2")
+        with pytest.raises(UsageError, match="Mask only padding"):
+            model(**batch)
+
+
 # PEFT looks for the base model's config under its name on the hub, to see whether the vocabulary grew
 @pytest.mark.filterwarnings("ignore:Could not find a config file in:UserWarning:peft")
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])

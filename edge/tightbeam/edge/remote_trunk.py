@@ -44,6 +44,8 @@ class RemoteTrunk(nn.Module):
     def watch(self, anatomy: Anatomy) -> None:
         """Note the 2-D attention mask of every forward: packing needs it, and blocks only get a dense one."""
         self._signature = inspect.signature(anatomy.trunk_owner.forward)
+        config: Any = anatomy.trunk_owner.config
+        self._windowed = bool(getattr(config, "sliding_window", None))
         anatomy.trunk_owner.register_forward_pre_hook(self._note_mask, with_kwargs=True)
 
     def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,6 +79,11 @@ class RemoteTrunk(nn.Module):
             )
         if mask is not None and not bool(mask.any()):
             raise UsageError("The attention mask covers the whole batch.", cure="Leave out empty batches.")
+        if mask is not None and self._windowed and _has_holes(mask):
+            raise UsageError(
+                "This model's attention window counts masked tokens, which are not sent.",
+                cure="Mask only padding at either end of a sequence.",
+            )
         self._mask_BT = mask
 
 
@@ -90,6 +97,11 @@ class PassThrough(nn.Module):
     def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the hidden states as they came."""
         return hidden_BTD
+
+
+def _has_holes(mask_BT: Tensor) -> bool:
+    edges_BT = torch.nn.functional.pad(mask_BT.bool(), (1, 1)).int().diff(dim=1).abs()
+    return bool((edges_BT.sum(1) > 2).any())
 
 
 def through_cloud(hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
