@@ -26,6 +26,7 @@ from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.data import collate, load_examples, split_examples
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.run import run_recipe
+from tightbeam.edge.training import INTERRUPTED
 from tightbeam.proto.backbone_pb2 import FORWARD
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
@@ -118,7 +119,7 @@ def test_the_cache_changes_no_bit(cloud: InProcessCloud, tmp_path: Path) -> None
     assert len({str(row.bytes) for row in crossed.rows}) > 1
 
 
-@pytest.mark.parametrize("codec", ["int8", "bf16"])
+@pytest.mark.parametrize("codec", ["int8", "int4", "bf16"])
 def test_a_coded_cache_holds_what_crossed(cloud: InProcessCloud, tmp_path: Path, codec: str) -> None:
     cached, crossing = train_over(cloud, cached_recipe(tmp_path / "a", codec=codec))
     fetched, _ = train_over(cloud, cached_recipe(tmp_path / "b", codec=codec, cache={"enabled": False}))
@@ -196,6 +197,33 @@ def test_the_adapter_opens_on_the_whole_model(cloud: InProcessCloud, folder: Pat
         )
     assert total / sum(e.num_learned for e in examples) == pytest.approx(evals(result.folder)[-1], abs=1e-5)
     assert evals(result.folder)[-1] < evals(result.folder)[0]
+
+
+def test_an_early_end_accounts_for_what_was_on_its_way(cloud: InProcessCloud, tmp_path: Path) -> None:
+    """Two of eight steps: nothing is fetched that no step needs, and the edge's rows are the cloud's."""
+    train = {"epochs": None, "steps": 2}
+    result, crossing = train_over(cloud, cached_recipe(tmp_path, train=train))
+    assert sum(row.segments for row in crossing.rows) == 6
+    written = [row for row in read_ledger(result.folder.ledger) if row["row"] == "step"]
+    assert len(written) == len(crossing.messages) == 2
+
+
+def test_a_checkpoint_waits_for_what_is_on_its_way(cloud: InProcessCloud, tmp_path: Path) -> None:
+    """Stopped in the first epoch with steps in flight: all of them are in the ledger and in the cache."""
+    recipe = cached_recipe(tmp_path, train={"batch_size": 1})
+
+    def stop(rows: int) -> None:
+        if rows == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    result, crossing = train_over(cloud, recipe, act=stop)
+    assert result.exit_code == INTERRUPTED
+    assert result.optimizer_steps < 23
+    written = [row for row in read_ledger(result.folder.ledger) if row["row"] == "step"]
+    assert len(written) == len(crossing.messages) > result.optimizer_steps
+    resumed, rest = train_over(cloud, recipe, resume=True)
+    assert resumed.exit_code == 0
+    assert len(written) + len(rest.rows) == 23  # nothing crossed twice
 
 
 class CrashError(Exception):

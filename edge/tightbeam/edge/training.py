@@ -334,7 +334,8 @@ class _Training:
         return self.wire_bytes_before + self.moved.wire_total_bytes
 
     def _checkpoint(self, done: int) -> None:
-        self.mode.before_checkpoint()
+        if self.mode.before_checkpoint():
+            self._drain()
         position = self.plan.position(done, self.tokens)
         save_checkpoint(
             self.folder.checkpoints,

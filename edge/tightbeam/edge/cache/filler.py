@@ -71,6 +71,13 @@ class Filler:
         """Wait for everything."""
         self.ensure(set(self._waiting))
 
+    def settle(self) -> bool:
+        """Wait for what is on its way, and send no more; says whether there was anything."""
+        waited = bool(self._flights)
+        while self._flights:
+            self._collect()
+        return waited
+
     def _launch(self, group: Sequence[Sample]) -> None:
         if all(sample.digest in self._cache for sample in group):
             self._waiting.difference_update(sample.digest for sample in group)

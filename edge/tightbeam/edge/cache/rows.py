@@ -1,13 +1,11 @@
 """One sample's entry: its rows of a reply, as they crossed the wire where that is the smaller form.
 
-An entry is one byte for the dtype that the cloud answered in, and the coded rows. A payload of N rows has
-planes, each with a fixed number of bytes per token: int8 has one of scales and one of codes. So a reply
-can be cut into samples without decoding it. A codec whose layout is not known here is stored decoded.
+An entry is one byte for the dtype that the cloud answered in, and the coded rows. A payload of N rows has its
+codec's planes, each with a fixed number of bytes per token, so a reply is cut into samples without
+decoding it.
 
 N = tokens, D = hidden size.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,20 +15,12 @@ from tightbeam.common.wire.codecs import codec, lossless
 
 __all__ = ["pack_entry", "storage_codec", "unpack_entry"]
 
-_PLANES: dict[str, Callable[[int], tuple[int, ...]]] = {
-    "fp32": lambda d: (4 * d,),
-    "bf16": lambda d: (2 * d,),
-    "int8": lambda d: (4, d),
-    "int8s": lambda d: (4, d),
-}
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def storage_codec(wire_codec: str, dtype: torch.dtype, width: int) -> str:
     """The smaller of what crossed the wire and what loses nothing in the reply's dtype."""
-    plain = lossless(dtype)
-    candidates = [wire_codec, plain] if wire_codec in _PLANES else [plain]
-    return min(candidates, key=lambda name: codec(name).num_bytes((1, width)))
+    return min((wire_codec, lossless(dtype)), key=lambda name: codec(name).num_bytes((1, width)))
 
 
 def pack_entry(wire_codec: str, payload: Tensor, reply_ND: Tensor, start: int, stop: int) -> bytes:
@@ -54,7 +44,7 @@ def unpack_entry(wire_codec: str, entry: bytes, num_tokens: int, width: int) -> 
 
 def _cut(name: str, payload: Tensor, tokens: int, width: int, start: int, stop: int) -> Tensor:
     pieces, offset = [], 0
-    for num_bytes in _PLANES[name](width):
+    for num_bytes in codec(name).planes(width):
         pieces.append(payload[offset + start * num_bytes : offset + stop * num_bytes])
         offset += tokens * num_bytes
     return torch.cat(pieces)

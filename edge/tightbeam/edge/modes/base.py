@@ -69,8 +69,9 @@ class Mode:
         size, length = batch["input_ids"].shape
         return self._flops.forward(size, length) + self._flops.backward(size, length)
 
-    def before_checkpoint(self) -> None:
-        """Make durable what the checkpoint relies on."""
+    def before_checkpoint(self) -> bool:
+        """Make durable what the checkpoint relies on; says whether anything crossed for it."""
+        return False
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must remember, as JSON values."""

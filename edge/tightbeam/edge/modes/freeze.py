@@ -70,10 +70,9 @@ class Freeze(Mode):
         """Operations at the edge."""
         return super().flops(batch) if self._phase is None else self._phase.flops(batch)
 
-    def before_checkpoint(self) -> None:
+    def before_checkpoint(self) -> bool:
         """Write the cache, if there is one yet."""
-        if self._phase is not None:
-            self._phase.commit()
+        return self._phase is not None and self._phase.commit()
 
     def state(self) -> dict[str, Any]:
         """The phase, since when, and what the bottom was then."""

@@ -84,10 +84,12 @@ class FrozenPhase:
         attention = self._top.forward_attention + self._top.backward_attention
         return 2 * (linear + 2 * self._head_weights * learned) + attention * sum(n * n for n in lengths)
 
-    def commit(self) -> None:
-        """Put on disk what the cache holds."""
+    def commit(self) -> bool:
+        """Put on disk what the cache holds and what is on its way; says whether anything was."""
+        waited = self.filler is not None and self.filler.settle()
         if self.cache is not None:
             self.cache.commit()
+        return waited
 
     def close(self) -> None:
         """Give the model back as an ordinary split model, and write the cache."""
@@ -116,9 +118,13 @@ class FrozenPhase:
             self._top = EdgeFlops.from_model(self.job.model)
 
     def _groups(self) -> Iterator[list[Sample]]:
-        """Samples as training first needs them from `start_step` on, then those of the evaluation."""
+        """Samples as training first needs them from `start_step` on, then those of the evaluation.
+
+        Two epochs hold every sample once, wherever they start.
+        """
         plan, size = self.job.plan, self.job.recipe.train.batch_size
-        for step in range(self.start_step, self.start_step + 2 * plan.steps_per_epoch):
+        end = min(self.start_step + 2 * plan.steps_per_epoch, plan.total_steps)
+        for step in range(self.start_step, end):
             for batch in plan.micro_batches(step):
                 yield _samples(self.job.train[row] for row in batch)
         for start in range(0, len(self.job.eval), size):

@@ -45,9 +45,9 @@ class Top(Mode):
         """Operations at the edge; the bottom's one pass is not among them."""
         return self._phase.flops(batch)
 
-    def before_checkpoint(self) -> None:
+    def before_checkpoint(self) -> bool:
         """Write the cache, so that a resumed run reads the same bits."""
-        self._phase.commit()
+        return self._phase.commit()
 
     def restore(self, state: dict[str, Any]) -> None:
         """See that the budget lasts: the whole pass is sent ahead of the steps, so it must fit as a whole."""
