@@ -80,7 +80,7 @@ def _section(parts: list[str], title: str, section: list[Stop], top: int, labels
     first = top + 70
     rows = max(len(there), len(out) + len(back) + 1)
     bottom = first + (rows - 1) * _STEP
-    for x, word in ((_LEFT, "edge: data, labels, adapters, optimizer"), (_RIGHT, "cloud: the frozen trunk")):
+    for x, word in ((_LEFT, "edge: data, labels, adapters"), (_RIGHT, "cloud: the frozen trunk")):
         parts.append(
             f'<rect class="lane" x="{x}" y="{top}" width="{_LANE}" height="{bottom + 34 - top}" rx="8"/>'
         )
