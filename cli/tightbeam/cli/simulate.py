@@ -1,5 +1,6 @@
 """`tightbeam simulate`: many clients, one adapter, on this machine."""
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -7,7 +8,15 @@ import typer
 
 from tightbeam.cli.options import Settings
 
-__all__ = ["simulate"]
+__all__ = ["Runtime", "simulate"]
+
+
+class Runtime(Enum):
+    """As `tightbeam.simulations.experiment.Runtime`, which is too heavy to import here."""
+
+    IN_PROCESS = "in-process"
+    RAY = "ray"
+    DEPLOYED = "deployed"
 
 
 def simulate(
@@ -16,6 +25,9 @@ def simulate(
     ],
     settings: Settings = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after the last complete round.")] = False,
+    runtime: Annotated[
+        Runtime, typer.Option(help="What carries the messages: Flower in this process, on Ray, or deployed.")
+    ] = Runtime.IN_PROCESS,
 ) -> None:
     """Run a federated experiment with simulated clients against one cloud."""
     from tightbeam.simulations.scenario import load_scenario
@@ -23,4 +35,4 @@ def simulate(
     checked = load_scenario(scenario, settings or [])  # before the slow imports: a typo is told at once
     from tightbeam.simulations.experiment import run_scenario
 
-    typer.echo(run_scenario(checked, resume=resume))
+    typer.echo(run_scenario(checked, resume=resume, runtime=runtime.value))

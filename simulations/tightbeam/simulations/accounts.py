@@ -109,8 +109,8 @@ class Evaluation(_Model):
     worst: float
     median: float
     best: float
-    virtual_s: float  # of all rounds before it
-    moved_bytes: int  # of all rounds before it, evaluations included
+    virtual_s: float  # up to and with it: rounds and evaluations, weights fetched at the first
+    moved_bytes: int  # the same
 
 
 class ClientAccount(_Model):
@@ -180,7 +180,7 @@ def account(
         rounds=[_round(row, work, prices) for row in rows if row["row"] == "round"],
         evaluations=evaluations,
         total=total,
-        virtual_s=sum(row["virtual_s"] for row in rows if row["row"] == "round"),
+        virtual_s=sum(row["virtual_s"] for row in rows if row["row"] in ("round", "evaluation")),
         target_loss=scenario.target_loss,
         reached_target=reached[0] if reached else None,
         alternatives=alternatives(_job(scenario, first["backbone"], work, total), prices),
@@ -248,6 +248,7 @@ def _evaluations(rows: Sequence[Row]) -> list[Evaluation]:
         elif row["row"] == "round":
             virtual_s += row["virtual_s"]
         elif row["row"] == "evaluation":
+            virtual_s += row["virtual_s"]
             figures = {name: row[name] for name in ("round", "clients", "loss", "worst", "median", "best")}
             found.append(Evaluation(**figures, virtual_s=virtual_s, moved_bytes=moved))
     return found

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 from rich.console import Console
@@ -27,23 +27,37 @@ from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import Scenario
 from tightbeam.simulations.shards import client_files
 
-__all__ = ["require_flower", "run_apps", "run_scenario"]
+__all__ = ["Runtime", "require_flower", "run_apps", "run_scenario"]
 
 if TYPE_CHECKING:
     from tightbeam.simulations.grid import ClientCall
 
+Runtime = Literal["in-process", "ray", "deployed"]
 _FLOWER = ((1, 41), (1, 43))  # from, below
 _READY_S = 180.0
 
 
-def run_scenario(scenario: Scenario, *, resume: bool = False, console: Console | None = None) -> Path:
+def run_scenario(
+    scenario: Scenario,
+    *,
+    resume: bool = False,
+    runtime: Runtime = "in-process",
+    console: Console | None = None,
+) -> Path:
     """Run an experiment and return the path of its report.
+
+    `runtime` says what carries messages between server and clients: the grid in this process, Flower's
+    simulation engine on Ray, or a SuperLink and SuperNodes over TLS.
 
     Raises:
         TightbeamError: what the scenario, its data, the cloud or the clients cause; see each class.
 
     """
     require_flower()
+    if runtime == "ray":
+        from tightbeam.simulations.runtimes import require_ray
+
+        require_ray()
     console = console or Console(stderr=True)
     folder = scenario.folder
     if not resume and (folder / "ledger.jsonl").exists():
@@ -51,7 +65,10 @@ def run_scenario(scenario: Scenario, *, resume: bool = False, console: Console |
     client_files(scenario, folder, scenario.profiles()[0].name)  # an impossible partition is told first
     with signals_as_exit(), _cloud(scenario, folder, console) as (address, identities):
         atomic_write(folder / "scenario.yaml", yaml.safe_dump(scenario.model_dump(mode="json")))
-        run_apps(scenario, address, identities, console=console, resume=resume)
+        if runtime == "in-process":
+            run_apps(scenario, address, identities, console=console, resume=resume)
+        else:
+            _run_flower(runtime, scenario, address, identities, resume)
     from tightbeam.simulations.report import write_report
 
     return write_report(folder, scenario)
@@ -102,6 +119,16 @@ def run_apps(
         grid = InProcessGrid(client_app or app, scenario.clients, config, progress.on_start, on_exchange)
         grid.listener = progress.on_row
         run_in_process(grid, server_app, config)
+
+
+def _run_flower(
+    runtime: Runtime, scenario: Scenario, address: str, identities: Path | None, resume: bool
+) -> None:
+    from tightbeam.simulations.apps.settings import Settings
+    from tightbeam.simulations.runtimes import run_deployed, run_on_ray
+
+    settings = Settings(scenario, address, identities, scenario.folder, resume)
+    (run_on_ray if runtime == "ray" else run_deployed)(settings)
 
 
 @contextlib.contextmanager

@@ -111,11 +111,13 @@ class FederatedLora(Strategy):
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean held-out loss over clients, each by its learned tokens."""
         losses: dict[str, tuple[float, int]] = {}
+        virtual_s = 0.0
         for reply in sorted(replies, key=lambda reply: self._by_id[reply.metadata.src_node_id].profile.name):
             name = self._by_id[reply.metadata.src_node_id].profile.name
             row = self.journal.append("client_eval", round=server_round, client=name, **self._account(reply))
             if row["status"] == "ok":
                 losses[name] = row["loss"], row["weight"]
+                virtual_s = max(virtual_s, row["virtual_s"])
         if not losses:
             return None
         mean = sum(loss * count for loss, count in losses.values()) / sum(n for _, n in losses.values())
@@ -126,7 +128,9 @@ class FederatedLora(Strategy):
             "median": by_loss[len(by_loss) // 2],
             "best": by_loss[0],
         }
-        self.journal.append("evaluation", round=server_round, clients=len(losses), **figures)
+        self.journal.append(
+            "evaluation", round=server_round, clients=len(losses), virtual_s=virtual_s, **figures
+        )
         return MetricRecord(figures)
 
     def _messages(

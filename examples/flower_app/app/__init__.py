@@ -1,0 +1,1 @@
+"""The two names that Flower asks a project for."""

@@ -1,0 +1,225 @@
+"""What a client does in a round: the adapter it wears, the weights it shares, the steps it takes."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from support.edge_runs import byte_tokenizer, write_jsonl
+from support.federations import save_backbone, sums
+from support.in_process import InProcessCloud
+from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.errors import NonFiniteError, UpdateRefusedError
+from tightbeam.common.federation import parse_adapter
+from tightbeam.edge.connection import Cloud, connect
+from tightbeam.edge.data import Example, load_examples
+from tightbeam.edge.federation import AdapterShape, Lender, LocalTask, SplitAdapter, held_bytes, pad_id
+
+SHAPE = AdapterShape("1:1", "ushape", 4, 2.0)
+
+
+@pytest.fixture(scope="module")
+def listening(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
+    folder = save_backbone(tmp_path_factory.mktemp("backbone"))
+    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud")) as cloud:
+        cloud.listen()
+        yield cloud
+
+
+@pytest.fixture
+def rows() -> list[StepRow]:
+    return []
+
+
+@pytest.fixture
+def cloud(listening: InProcessCloud, rows: list[StepRow]) -> Iterator[Cloud]:
+    def on_row(row: dict[str, object]) -> None:
+        if row["row"] == "step":
+            rows.append(StepRow.from_json(row))
+
+    with connect(listening.address, insecure=True, name="clinic", on_row=on_row) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
+    path = write_jsonl(tmp_path_factory.mktemp("texts") / "sums.jsonl", sums(12))
+    return load_examples(path, byte_tokenizer())
+
+
+def _task(**changes: object) -> LocalTask:
+    base: dict[str, object] = {
+        "steps": 3, "batch_size": 4, "lr": 1e-2, "optimizer": "adamw", "max_grad_norm": 1.0, "proximal": 0.0,
+        "first_step": 0, "order_seed": 0, "dropout_seed": 0,
+    }  # fmt: skip
+    return LocalTask(**(base | changes))  # type: ignore[arg-type]  # one value per field
+
+
+def _random(adapter: SplitAdapter, seed: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {n: rng.normal(0, 0.02, shape).astype(np.float32) for n, shape in adapter.layers().items()}
+
+
+def test_what_is_worn_is_what_comes_back(cloud: Cloud) -> None:
+    adapter = Lender().lend(cloud, SHAPE, "fp32")
+    arrays = _random(adapter, 1)
+    adapter.wear(arrays)
+    back = adapter.arrays()
+    assert back.keys() == arrays.keys()
+    assert all(np.array_equal(back[name], arrays[name]) for name in arrays)
+    assert all(".lora_B." in name for name in adapter.arrays(only_B=True))
+    back[next(iter(back))][:] = 7
+    assert not np.array_equal(adapter.arrays()[next(iter(back))], back[next(iter(back))]), "a copy"
+
+
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_an_adapter_that_does_not_fit_is_refused_by_name(cloud: Cloud, change: str) -> None:
+    adapter = Lender().lend(cloud, SHAPE, "fp32")
+    arrays = _random(adapter, 1)
+    name = sorted(arrays)[0]
+    if change == "missing":
+        del arrays[name]
+    elif change == "extra":
+        name = "a.lora_A.weight"
+        arrays[name] = np.zeros((1, 1), np.float32)
+    else:
+        arrays[name] = arrays[name][1:]
+    with pytest.raises(UpdateRefusedError, match=name.replace(".", r"\.")):
+        adapter.wear(arrays)
+
+
+def test_training_is_a_function_of_adapter_data_and_seed(
+    cloud: Cloud, examples: list[Example], rows: list[StepRow]
+) -> None:
+    lender = Lender()
+    adapter = lender.lend(cloud, SHAPE, "fp32")
+    start, results = _random(adapter, 1), []
+    for seed in (0, 0, 1):
+        adapter.wear(start)
+        rows.clear()
+        work = adapter.train(examples, _task(order_seed=seed), pad_id(lender.tokenizer(cloud)), rows)
+        results.append(adapter.arrays())
+    assert all(np.array_equal(results[0][name], results[1][name]) for name in start)
+    assert any(not np.array_equal(results[0][name], results[2][name]) for name in start)
+    assert work.steps == 3
+    assert [row.kind for row in work.rows] == ["forward", "backward"] * 3
+    assert work.tokens == sum(row.tokens for row in work.rows if row.kind == "forward")
+    assert work.tokens == adapter.plan_tokens(examples, _task(order_seed=1))
+    assert work.edge_flops == adapter.planned_flops(examples, _task(order_seed=1))
+    assert work.moved.wire_total_bytes == sum(row.bytes.wire_total_bytes for row in rows) > 0
+    assert 0 < work.edge_s < work.wall_s
+
+
+def test_rounds_go_on_where_the_last_one_stopped(cloud: Cloud, examples: list[Example]) -> None:
+    """Two rounds of two steps see the batches of one round of four."""
+    lender = Lender()
+    adapter = lender.lend(cloud, SHAPE, "fp32")
+    start, pad = _random(adapter, 1), pad_id(lender.tokenizer(cloud))
+    sgd = {"optimizer": "sgd", "lr": 0.1, "max_grad_norm": 0}
+    adapter.wear(start)
+    adapter.train(examples, _task(steps=4, **sgd), pad, [])
+    at_once = adapter.arrays()
+    adapter.wear(start)
+    for first in (0, 2):
+        adapter.train(examples, _task(steps=2, first_step=first, **sgd), pad, [])
+    assert all(np.array_equal(at_once[name], array) for name, array in adapter.arrays().items())
+
+
+def test_only_b_leaves_a_alone(cloud: Cloud, examples: list[Example]) -> None:
+    lender = Lender()
+    adapter = lender.lend(cloud, SHAPE, "fp32")
+    start = _random(adapter, 1)
+    adapter.wear(start)
+    both = adapter.planned_flops(examples, _task())
+    adapter.train(examples, _task(only_B=True), pad_id(lender.tokenizer(cloud)), [])
+    after = adapter.arrays()
+    assert all(np.array_equal(after[name], start[name]) for name in start if ".lora_A." in name)
+    assert all(not np.array_equal(after[name], start[name]) for name in start if ".lora_B." in name)
+    assert adapter.planned_flops(examples, _task()) < both, "frozen factors need no weight gradient"
+
+
+def test_a_loss_that_is_not_finite_ends_the_round(cloud: Cloud, examples: list[Example]) -> None:
+    lender = Lender()
+    adapter = lender.lend(cloud, SHAPE, "fp32")
+    adapter.wear(_random(adapter, 1))
+    task = _task(lr=1e30, optimizer="sgd", max_grad_norm=0, steps=4)
+    with pytest.raises(NonFiniteError):
+        adapter.train(examples, task, pad_id(lender.tokenizer(cloud)), [])
+
+
+def test_models_of_all_shapes_share_one_copy_of_the_weights(cloud: Cloud) -> None:
+    lender = Lender()
+    one, other = (
+        lender.lend(cloud, AdapterShape(cut, "ushape", r, 2.0), "fp32") for cut, r in (("1:1", 4), ("2:2", 8))
+    )
+    again = lender.lend(cloud, AdapterShape("1:1", "ushape", 4, 2.0), "bf16")
+    assert again is one
+
+    def pointers(adapter: SplitAdapter) -> set[int]:
+        return {p.data_ptr() for name, p in adapter.model.named_parameters() if "lora_" not in name}
+
+    assert pointers(one) < pointers(other)
+
+
+def test_what_is_folded_is_felt_and_taken_out_again(cloud: Cloud, examples: list[Example]) -> None:
+    """Folding delta W equals wearing it, and leaves no trace for the next client."""
+    lender = Lender()
+    adapter = lender.lend(cloud, SHAPE, "fp32")
+    pad = pad_id(lender.tokenizer(cloud))
+    blank = {name: np.zeros_like(array) for name, array in _random(adapter, 1).items()}
+    learned = _random(adapter, 2)
+
+    def loss() -> float:
+        return adapter.evaluate(examples, 4, pad, []).loss
+
+    adapter.wear(blank)
+    untouched = loss()
+    adapter.wear(learned)
+    worn = loss()
+    adapter.wear(blank, parse_adapter(learned, SHAPE.scale, "test"))
+    folded = loss()
+    adapter.wear(blank)
+    after = loss()
+    assert folded == pytest.approx(worn, rel=1e-6)
+    assert abs(worn - untouched) > 1e-4
+    assert after == untouched
+
+
+def test_in_mode_top_the_bottom_has_no_adapter_and_nothing_comes_back(
+    cloud: Cloud, examples: list[Example], rows: list[StepRow]
+) -> None:
+    lender = Lender()
+    adapter = lender.lend(cloud, AdapterShape("2:2", "top", 4, 2.0), "fp32")
+    blocks = {name.split(".layers.")[1].split(".")[0] for name in adapter.layers()}
+    assert blocks == {"4", "5"}
+    adapter.wear(_random(adapter, 1))
+    work = adapter.train(examples, _task(), pad_id(lender.tokenizer(cloud)), rows)
+    assert [row.kind for row in work.rows] == ["forward"] * 3
+
+
+def test_evaluation_is_the_mean_over_learned_tokens(cloud: Cloud, examples: list[Example]) -> None:
+    lender = Lender()
+    adapter = lender.lend(cloud, SHAPE, "fp32")
+    adapter.wear(_random(adapter, 1))
+    pad = pad_id(lender.tokenizer(cloud))
+    whole = adapter.evaluate(examples, 64, pad, [])
+    parts = [adapter.evaluate([example], 1, pad, []) for example in examples]
+    by_hand = sum(part.loss * part.learned_tokens for part in parts) / sum(p.learned_tokens for p in parts)
+    assert whole.loss == pytest.approx(by_hand, rel=1e-5)
+    assert whole.learned_tokens == sum(example.num_learned for example in examples)
+    assert adapter.evaluate(examples, 5, pad, []).loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_held_bytes_are_what_is_fetched(cloud: Cloud) -> None:
+    blobs = {blob.name: blob.num_bytes for blob in cloud.card.blobs}
+    edge = ("block.0", "block.5")
+    fetched = [name for name in blobs if not name.startswith(("file/", "block.")) or name in edge]
+    assert held_bytes(blobs, "1:1", 6) == sum(blobs[name] for name in fetched)
+    assert held_bytes(blobs, "3:3", 6) == sum(n for name, n in blobs.items() if not name.startswith("file/"))
+
+
+def test_memory_counts_weights_gradients_and_optimizer(cloud: Cloud) -> None:
+    adapter = Lender().lend(cloud, SHAPE, "fp32")
+    lora = sum(4 * a * b for a, b in adapter.layers().values())
+    assert adapter.training_bytes("adamw") - adapter.weight_bytes == 3 * lora
+    assert adapter.training_bytes("sgd") - adapter.weight_bytes == lora

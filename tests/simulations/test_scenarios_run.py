@@ -1,0 +1,63 @@
+"""Every scenario in scenarios/, run in small against a real cloud process that `simulate` starts."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from support.edge_runs import write_jsonl
+from support.federations import sums
+from tightbeam.simulations import experiment
+from tightbeam.simulations.experiment import run_scenario
+from tightbeam.simulations.progress import FederationProgress
+from tightbeam.simulations.scenario import load_scenario
+
+SCENARIOS = sorted((Path(experiment.__file__).parent / "scenarios").glob("*.yaml"))
+CUTS = {"4:4": "1:1", "2:2": "1:1", "8:8": "2:2", "0:4": "0:1"}
+
+
+@pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
+def test_scenario(path: Path, backbone: Path, tmp_path: Path, playground: object) -> None:
+    rows = [row | {"topic": f"topic-{number % 21}"} for number, row in enumerate(sums(240))]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    scenario = load_scenario(path)
+    changes = [
+        f"backbone={backbone}",
+        f"data.source={data}",
+        "data.max_length=48",
+        "threads=1",
+        f"output.dir={tmp_path}",
+        f"client.cut={CUTS[scenario.client.cut]}",
+        *(f"groups.{n}.cut={CUTS[g.cut]}" for n, g in scenario.groups.items() if g.cut),
+        *(f"groups.{n}.budget.mb=0.5" for n, g in scenario.groups.items() if g.budget),
+    ]
+    small = load_scenario(path, changes)
+    page = run_scenario(small, console=Console(quiet=True))
+    assert page.is_file()
+    report = json.loads((page.parent / "federation.json").read_text(encoding="utf-8"))
+    assert len(report["rounds"]) == small.rounds
+    assert len(report["clients"]) == small.clients
+    first, last = report["evaluations"][0], report["evaluations"][-1]
+    assert last["loss"] < first["loss"]
+    assert (page.parent / "adapter" / "adapter_config.json").is_file()
+    assert (page.parent / "certs" / "cloud" / "identity.crt").is_file(), "identities, not --insecure"
+
+
+def test_the_live_table_shows_who_is_slow(tmp_path: Path) -> None:
+    scenario = load_scenario(SCENARIOS[0])
+    progress = FederationProgress(scenario, Console(quiet=True, width=200))
+    names = [profile.name for profile in scenario.profiles()][:3]
+    for name, virtual_s in zip(names, (1.0, 1.1, 9.0), strict=True):
+        row = {"row": "client_round", "round": 1, "client": name, "status": "ok", "virtual_s": virtual_s}
+        progress.on_row(row | {"wire_up_bytes": 2_000_000, "joules": 5.0})
+    progress.on_row({"row": "round", "round": 1, "updates": 3, "loss": 2.0, "virtual_s": 9.0})
+    assert [name for name, line in progress.lines.items() if line.slow] == [names[2]]
+    console = Console(
+        width=200, record=True, quiet=False, file=(tmp_path / "out").open("w", encoding="utf-8")
+    )
+    console.print(progress.table())
+    text = console.export_text()
+    assert "9.00 s slow" in text
+    assert "2.00 MB" in text
+    assert f"round 1 of {scenario.rounds} done" in text
