@@ -179,7 +179,8 @@ def _reserve(listen: str) -> str:
             probe.bind((host.strip("[]"), int(port)))
         except (OSError, OverflowError) as error:
             raise UsageError(
-                f"Cannot listen on {listen}: {str(error).rstrip(".")}.", cure="Choose another --listen address."
+                f"Cannot listen on {listen}: {str(error).rstrip('.')}.",
+                cure="Choose another --listen address.",
             ) from error
     return listen
 
