@@ -25,6 +25,12 @@ def _recipe(folder: Path, **train: object) -> Recipe:
     )
 
 
+def test_atomic_write_leaves_the_mode_that_other_files_have(tmp_path: Path) -> None:
+    (tmp_path / "plain").write_text("x")
+    atomic_write(tmp_path / "atomic", "x")
+    assert (tmp_path / "atomic").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_atomic_write_makes_folders_and_replaces(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b.txt"
     atomic_write(path, "one")

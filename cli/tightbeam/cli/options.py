@@ -1,11 +1,11 @@
 """Options that several commands share, so that they read and behave alike."""
 
-import ipaddress
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tightbeam.common.addresses import is_loopback
 from tightbeam.common.errors import UsageError
 
 __all__ = ["Address", "IdentityFolder", "Insecure", "RecipePath", "Settings", "require_loopback", "say"]
@@ -38,7 +38,7 @@ def require_loopback(address: str, identity: Path | None) -> None:
     """Refuse `--insecure` off this machine or beside an identity, and warn loudly where it is allowed."""
     if identity is not None:
         raise UsageError("--insecure and --identity exclude each other.", cure="Leave out --insecure.")
-    if not _is_loopback(address):
+    if not is_loopback(address):
         raise UsageError(
             f"--insecure is refused for {address}: it is not a loopback address.",
             cure="Make identities with `tightbeam certs init` and give --identity DIR.",
@@ -46,13 +46,3 @@ def require_loopback(address: str, identity: Path | None) -> None:
     say(
         "WARNING: --insecure: no TLS, and nobody proves who they are. Every user of this machine can connect."
     )
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.rpartition(":")[0].strip("[]")
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import sys
-import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -57,8 +57,9 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
+        # not mkstemp: its 0600 would follow the file to its place, where others may need to read it
+        temporary = str(path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"))
+        with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
