@@ -6,7 +6,7 @@ __all__ = ["is_loopback"]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether `address` ("host:port") is localhost or a literal loopback address; no other name is trusted."""
+    """Whether `address` ("host:port") is localhost or a literal loopback address; other names are not."""
     host = address.rpartition(":")[0].strip("[]")
     if host == "localhost":
         return True
