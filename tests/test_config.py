@@ -110,7 +110,7 @@ def test_codecs_are_named_for_all_for_kinds_or_one_by_one(
         ("model.dtype=fp32", "model.dtype should be 'auto', 'float32', 'bfloat16' or 'float16', not 'fp32'"),
         ("cut=4", "cut should be k:m, for example 4:4, not 4"),
         ("cut=4-4", "cut should be k:m, for example 4:4, not '4-4'"),
-        ("mode=up", "mode should be 'ushape' or 'top', not 'up'"),
+        ("mode=up", "mode should be 'ushape', 'top' or 'side', not 'up'"),
         ("train.freeze_bottom_after=soon", "should be a number of epochs, `N steps`, or auto"),
         ("train.freeze_bottom_after=0", "should be more than 0 epochs"),
         ("train.max_mb=0", "train.max_mb should be greater than 0, not 0."),

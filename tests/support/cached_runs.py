@@ -104,6 +104,7 @@ def train_over(
             close=stepper.close,
             steps=crossing,
             fingerprint=cloud.backbone.fingerprint,
+            card=cloud.card,
             run=run,
             cache_secret=secret,
         )

@@ -29,6 +29,7 @@ __all__ = [
     "OutputSection",
     "Recipe",
     "Section",
+    "SideSection",
     "TrainSection",
     "checked_section",
     "load_recipe",
@@ -219,6 +220,20 @@ class CacheSection(Section):
     )
 
 
+class SideSection(Section):
+    """The side network of mode `side`."""
+
+    taps: int = Field(
+        default=8, ge=0, description="Inner hidden states that the ladder reads; 0 builds no ladder."
+    )
+    width: int = Field(default=192, ge=1, description="Width of the ladder; a multiple of twice its heads.")
+    heads: int = Field(default=4, ge=1, description="Attention heads of the ladder.")
+    adapt_bottom: bool = Field(
+        default=True,
+        description="Give the bottom blocks the adapter too; its change goes around the trunk.",
+    )
+
+
 class OutputSection(Section):
     """Where the run's files go: `<dir>/<name>/`."""
 
@@ -237,7 +252,7 @@ class Recipe(Section):
     cut: str = Field(
         description="k:m, the first k and the last m blocks stay at the edge.", pattern=r"^\d+:\d+$"
     )
-    mode: Literal["ushape", "top"] = Field(
+    mode: Literal["ushape", "top", "side"] = Field(
         default="ushape", description="How training uses the trunk: see docs/modes.md."
     )
     codec: Codecs = Field(default_factory=Codecs, description="How tensors become bytes.")
@@ -245,6 +260,7 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection
     cache: CacheSection = Field(default_factory=CacheSection, description="Activations kept at the edge.")
+    side: SideSection = Field(default_factory=SideSection, description="The side network of mode side.")
     output: OutputSection
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
     checkpoints/step-N/
         adapter_model.safetensors, adapter_config.json    the adapter, in PEFT's format
+        side.safetensors                                  the ladder of mode side
         optimizer.safetensors                             AdamW's tensors, as <parameter number>/<name>
         rng.safetensors                                   random states of torch, per device
         state.json                                        position, schedule, other random states
@@ -33,6 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tightbeam.common.errors import RecipeError, TightbeamError
 from tightbeam.common.runs import sync_folder, write_failed
+from tightbeam.edge.side.ladder import side_parameters
 
 __all__ = [
     "Position",
@@ -155,6 +157,7 @@ def load_checkpoint(
             f"{path} does not fit this adapter, first at {min(odd)}.", cure="Start a new run."
         )
     set_peft_model_state_dict(model, adapter)
+    _load_side(path / "side.safetensors", model)
     optimizer.load_state_dict(
         _optimizer_state(state["param_groups"], _tensors(path / "optimizer.safetensors"))
     )
@@ -199,6 +202,10 @@ def _write_files(
     # Frozen embeddings need no saving, and PEFT's default would ask the model hub whether they changed.
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
+    if side := side_parameters(model):
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in side.items()}, folder / "side.safetensors"
+        )
     groups, tensors = _flat_optimizer(optimizer)
     save_file(tensors, folder / "optimizer.safetensors")
     save_file(random_state.tensors, folder / "rng.safetensors")
@@ -218,6 +225,16 @@ def _write_files(
         with path.open("r+b") as file:
             os.fsync(file.fileno())
     sync_folder(folder)
+
+
+@torch.no_grad()
+def _load_side(path: Path, model: PeftModel) -> None:
+    parameters, saved = side_parameters(model), _tensors(path) if path.exists() else {}
+    shapes = [{name: t.shape for name, t in part.items()} for part in (parameters, saved)]
+    if shapes[0] != shapes[1]:
+        raise TightbeamError(f"{path} does not fit this side network.", cure="Start a new run.")
+    for name, parameter in parameters.items():
+        parameter.copy_(saved[name])
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -11,8 +11,10 @@ from typing import Any, Self
 
 import grpc
 import torch
+from peft import PeftModel
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from tightbeam.common.addresses import is_loopback
 from tightbeam.common.backbone import Cut, CutPolicy
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.framing import wire_bytes
@@ -32,6 +34,7 @@ from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
 from tightbeam.common.wire.stepping import TENANT_KEY
 from tightbeam.edge.cache.keys import identity_secret
 from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
+from tightbeam.edge.side import add_side, load_side
 from tightbeam.edge.split_model import build_split_model
 from tightbeam.edge.stepper import RetryPolicy, Stepper
 from tightbeam.edge.weights import BlobStore, Progress, cache_folder, check_card
@@ -89,6 +92,11 @@ def connect(
     """
     if insecure and identity is not None:
         raise UsageError("insecure and an identity exclude each other.", cure="Leave out insecure.")
+    if insecure and not is_loopback(address):
+        raise UsageError(
+            f"insecure is refused for {address}: it is not a loopback address.",
+            cure="Make identities with `tightbeam certs init` and give one.",
+        )
     if insecure:
         who, channel = ephemeral_identity(name), grpc.insecure_channel(address, options=_OPTIONS)
     elif identity is None:
@@ -197,6 +205,28 @@ class Cloud:
             device=choose_device(device),
             local_path=None if local_path is None else Path(local_path),
         )
+
+    def add_side(
+        self, model: PreTrainedModel | PeftModel, *, taps: int = 8, width: int = 192, heads: int = 4
+    ) -> None:
+        """Put a fresh side network beside the trunk of a model from `load_model`, after `get_peft_model`.
+
+        From then on what crosses stays frozen, and no gradient crosses: see docs/modes.md, `side`.
+
+        Args:
+            model: The split model, as it is or wrapped by PEFT. Adapters of its bottom go around the trunk.
+            taps: Inner hidden states that feed the ladder; 0 builds none.
+            width: Of the ladder.
+            heads: Of its attention.
+
+        Raises:
+            UsageError: This cloud offers no projection, or the shape makes no sense.
+        """
+        add_side(model, self.card, taps=taps, width=width, heads=heads)
+
+    def load_side(self, folder: str | Path, model: PreTrainedModel | PeftModel) -> None:
+        """Put the side network that a run saved beside the trunk; raises what `edge.side.load_side` does."""
+        load_side(Path(folder), model, self.card)
 
     def open_steps(
         self, cut: str, *, codec: str | Codecs = "auto", dtype: torch.dtype = torch.float32

@@ -1,6 +1,7 @@
 """The trained adapter as a folder that Hugging Face PEFT opens, with a card that says what it belongs to.
 
 adapter_model.safetensors, adapter_config.json    PEFT's own two files
+side.safetensors, side.json                       the side network of mode side, see tightbeam.edge.side
 tightbeam.json                                    fingerprint of the backbone, cut, hash of the recipe
 README.md                                         model card
 """
@@ -16,6 +17,7 @@ from safetensors import SafetensorError
 from tightbeam.common.config import Recipe
 from tightbeam.common.runs import sync_folder, write_failed
 from tightbeam.edge.checkpoints import safetensors_os_error
+from tightbeam.edge.side import save_side, side_of
 
 __all__ = ["save_adapter"]
 
@@ -43,6 +45,19 @@ carefully as the data.
 """
 
 
+_SIDE_CARD = """
+This adapter was trained in mode side: it acts around the trunk, together with the side network beside it.
+On the whole model it means something else. To use it:
+
+    from peft import PeftModel
+    from tightbeam.edge import connect
+    with connect("HOST:PORT", identity="certs/NAME") as cloud:
+        split = cloud.load_model("CUT")
+        model = PeftModel.from_pretrained(split, "path/of/this/folder")
+        cloud.load_side("path/of/this/folder", model)
+"""
+
+
 def save_adapter(path: Path, model: PeftModel, recipe: Recipe, fingerprint: str) -> Path:
     """Write the folder beside its place and move it there.
 
@@ -56,6 +71,8 @@ def save_adapter(path: Path, model: PeftModel, recipe: Recipe, fingerprint: str)
             shutil.rmtree(leftover, ignore_errors=True)
         # Frozen embeddings need no saving, and PEFT's default would ask the model hub whether they changed.
         model.save_pretrained(new, save_embedding_layers=False)
+        if side_of(model) is not None:
+            save_side(new, model)
         _describe(new, model, recipe, fingerprint)
         for file in new.iterdir():
             with file.open("r+b") as handle:
@@ -84,6 +101,8 @@ def _describe(folder: Path, model: PeftModel, recipe: Recipe, fingerprint: str) 
         fingerprint=fingerprint or "not known",
         recipe=recipe.sha256(),
     )
+    if side_of(model) is not None:
+        card += _SIDE_CARD
     (folder / "README.md").write_text(card, encoding="utf-8")
     facts = {"backbone_fingerprint": fingerprint, "cut": recipe.cut, "recipe_sha256": recipe.sha256()}
     (folder / "tightbeam.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

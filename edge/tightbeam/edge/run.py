@@ -92,5 +92,6 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
         fingerprint=cloud.card.fingerprint,
         run=run,
         ledger_rows=rows.others,
+        card=cloud.card,
         cache_secret=cloud.cache_secret,
     )

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.meter import JsonlLedger, peak_memory_bytes
 from tightbeam.common.costs.rows import StepBytes, StepRow
-from tightbeam.common.errors import BudgetError, NonFiniteError
+from tightbeam.common.errors import BudgetError, NonFiniteError, RecipeError
 from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
@@ -35,6 +35,8 @@ from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.progress import TrainingProgress
 from tightbeam.edge.records import read_records
+from tightbeam.edge.side import add_side
+from tightbeam.proto.backbone_pb2 import Card
 
 __all__ = ["INTERRUPTED", "LoadedModel", "StepObserver", "TrainResult", "train_recipe"]
 
@@ -60,6 +62,7 @@ class LoadedModel:
     fingerprint: str = ""
     run: str = ""  # the run's name on the wire; the recipe's output.name when empty
     ledger_rows: Sequence[dict[str, Any]] = ()  # what loading itself cost: "transfer" rows
+    card: Card | None = None  # of the cloud; mode side builds its network after it
     cache_secret: bytes | None = None  # seals the cache of activations; None for an edge without identity
 
 
@@ -130,6 +133,8 @@ class _Training:
         self.model: PeftModel = attach_adapter(
             self.loaded.model, self.recipe.adapter, trained_blocks(self.recipe, self.loaded.model)
         )
+        if self.recipe.mode == "side":
+            self._add_side()
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         section = self.recipe.train
         self.optimizer = torch.optim.AdamW(self.trained, lr=section.lr, weight_decay=section.weight_decay)
@@ -139,6 +144,12 @@ class _Training:
             num_warmup_steps=section.warmup_steps,
             num_training_steps=self.plan.total_steps,
         )
+
+    def _add_side(self) -> None:
+        section = self.recipe.side
+        if self.loaded.card is None:
+            raise RecipeError("Mode side needs a cloud.", cure="Use another mode with a local model.")
+        add_side(self.model, self.loaded.card, taps=section.taps, width=section.width, heads=section.heads)
 
     def run(self, resume: bool) -> TrainResult:
         """Train from the start or the last checkpoint to the end, or to an interrupt."""

@@ -11,6 +11,7 @@ from peft import PeftModel
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.modes import TokenBytes
 from tightbeam.common.errors import BudgetError
+from tightbeam.common.wire.codecs import codec
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.data import Example
 
@@ -34,10 +35,12 @@ class Budget:
         if recipe.train.max_mb is None:
             return cls(float("inf"))
         base = model.get_base_model()
-        codecs = FrozenParts.of(base).trunk.stepper.codecs
+        stepper = FrozenParts.of(base).trunk.stepper
+        codecs, taps = stepper.codecs, stepper.taps
         width = int(base.config.get_text_config().hidden_size)
         row = TokenBytes.of(width, codecs.model_dump())
-        return cls(recipe.train.max_mb * 1e6, row.forward, row.training)
+        tapped = len(taps.blocks) * codec(codecs.activations_down).num_bytes((1, taps.size)) if taps else 0
+        return cls(recipe.train.max_mb * 1e6, row.forward + tapped, row.training)
 
     def training(self, examples: Iterable[Example]) -> float:
         """Bytes of a forward and a backward over examples."""

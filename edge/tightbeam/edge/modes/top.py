@@ -17,9 +17,11 @@ __all__ = ["Top"]
 class Top(Mode):
     """Frozen from the first step to the last."""
 
+    phase_type: type[FrozenPhase] = FrozenPhase
+
     def __init__(self, job: Job) -> None:
         super().__init__(job)
-        self._phase = FrozenPhase(job, start_step=0)
+        self._phase = self.phase_type(job, start_step=0)
         if self._phase.bottom_sha256:
             self._phase.close()
             raise RecipeError(

@@ -55,6 +55,10 @@ class Ladder(nn.Module):
         change_ND: Tensor = self.leave(self.norm_out(x_NW))
         return change_ND.to(cut_ND.dtype)
 
+    def rungs(self) -> "list[_Stage]":
+        """The stages, from the first tap to the last."""
+        return [stage for stage in self.stages.values() if isinstance(stage, _Stage)]
+
     def _rotary(self, positions_N: Tensor) -> tuple[Tensor, Tensor]:
         exponent = torch.arange(0, self.head_size, 2, device=positions_N.device) / self.head_size
         angle_NE = positions_N[:, None] * _ROPE_BASE**-exponent

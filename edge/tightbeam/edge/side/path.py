@@ -1,13 +1,13 @@
 """The side path: what the cloud and the cache see stays frozen, what is trained goes around the trunk.
 
-The bottom blocks run twice. Without their adapters and in evaluation mode they give the cut activations, which
-never change: they cross, once a sample, and the answer is cached. With their adapters they give what the top is
-to see. The top blocks get
+The bottom blocks run twice. Without their adapters and in evaluation mode they give the cut activations,
+which never change: they cross, once a sample, and the answer is cached. With their adapters they give
+what the top is to see. The top blocks get
 
     trunk(frozen)  +  (adapted - frozen)  +  ladder(adapted, taps)
 
-The middle term is the residual stream: what a block adds below the trunk would reach the top through it. Every
-gradient stays at the edge, and at step 0 both changes are zero, so the model is the backbone.
+The middle term is the residual stream: what a block adds below the trunk would reach the top through it.
+Every gradient stays at the edge, and at step 0 both changes are zero, so the model is the backbone.
 
 N = tokens, D = hidden size, W = D and the width of all taps.
 """
@@ -88,11 +88,15 @@ class SidePath(TrunkShortcut):
 
     def pack(self, answer: Answer, start: int, stop: int) -> bytes:
         """The entries of the hidden states and of every tap, each after its length."""
+        if not self.plan.taps:
+            return super().pack(answer, start, stop)
         entries = [super(SidePath, self).pack(part, start, stop) for part in (answer, *answer.taps)]
         return b"".join(len(entry).to_bytes(4, "little") + entry for entry in entries)
 
     def unpack(self, entry: bytes, num_tokens: int) -> Tensor:
         """Hidden states and taps side by side, `[N, W]`."""
+        if not self.plan.taps:
+            return super().unpack(entry, num_tokens)
         widths, rows, offset = self._widths(), [], 0
         for width in widths:
             size = int.from_bytes(entry[offset : offset + 4], "little")
@@ -125,6 +129,7 @@ class SidePath(TrunkShortcut):
             if child is not self.parts.blocks:
                 child.eval()
         if not adapted:
+            _require_frozen(below)
             for part in below:
                 part.eval()
         self._frozen_ND = self.cut_activations(**inputs)[0] if adapted else None
@@ -142,7 +147,7 @@ class SidePath(TrunkShortcut):
         if given.get("input_ids") is None:
             raise UsageError(
                 "Mode side needs token ids: what enters the bottom must not be trained.",
-                cure="Pass input_ids, and use LoRA or another adapter of the blocks instead of prompt tuning.",
+                cure="Pass input_ids, and use LoRA or another adapter of the blocks, not prompt tuning.",
             )
         return {name: value for name, value in given.items() if name not in _OUTPUT_OPTIONS}
 
@@ -162,11 +167,7 @@ def _bare(below: list[nn.Module]) -> Iterator[None]:
             tuner.enable_adapters(False)
         for module in modules:
             module.training = False
-        if any(p.requires_grad for module in below for p in module.parameters()):
-            raise UsageError(
-                "Weights of the bottom itself are trained, so its frozen output is lost.",
-                cure="Train adapters of the bottom blocks, not their weights or the embeddings.",
-            )
+        _require_frozen(below)
         yield
     finally:
         for tuner in tuners:
@@ -175,6 +176,14 @@ def _bare(below: list[nn.Module]) -> Iterator[None]:
             module.training = training
         for parameter, trained in flags:
             parameter.requires_grad_(trained)
+
+
+def _require_frozen(below: list[nn.Module]) -> None:
+    if any(p.requires_grad for module in below for p in module.parameters()):
+        raise UsageError(
+            "Weights of the bottom itself are trained, so its frozen output is lost.",
+            cure="Train adapters of the bottom blocks, not their weights or the embeddings.",
+        )
 
 
 def choose_taps(trunk: range, count: int) -> tuple[int, ...]:
@@ -188,7 +197,8 @@ def add_side(
 ) -> SidePath:
     """Put a fresh side network, drawn from torch's current random state, beside the trunk of a split model.
 
-    To be called after `get_peft_model`, which would freeze it. Without an adapter, the ladder alone is trained.
+    To be called after `get_peft_model`, which would freeze it. Without an adapter, the ladder alone is
+    trained.
 
     Raises `UsageError` when the cloud offers no projection, or the shape makes no sense.
     """

@@ -1,0 +1,87 @@
+"""Mode `side`: top blocks, a ladder and the bottom's bypass are trained on activations that cross once.
+
+What crosses is that of mode `top`, cut activations up and the trunk's answer down, and the taps beside the
+answer. Unlike there, the bottom runs in every step, twice when it has an adapter.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from tightbeam.common.costs.flops import EdgeFlops, attention_width, linear_params
+from tightbeam.edge.cache import Scope
+from tightbeam.edge.cache.shortcut import TrunkShortcut
+from tightbeam.edge.modes.frozen import FrozenPhase
+from tightbeam.edge.modes.top import Top
+from tightbeam.edge.side import SidePath, side_of
+
+__all__ = ["Side"]
+
+
+class _SidePhase(FrozenPhase):
+    """A cache stands behind the side path while training lasts."""
+
+    def _freeze(self) -> str:
+        return ""  # what is trained below the cut does not change what crosses
+
+    def _scope(self, dtype: torch.dtype, width: int) -> Scope:
+        scope, plan = super()._scope(dtype, width), self._side().plan
+        if not plan.taps:
+            return scope  # mode top keeps the same rows
+        return replace(scope, taps=(f"{plan.projection} {plan.tap_size}", *map(str, plan.taps)))
+
+    @contextmanager
+    def _shortcut(self, dtype: torch.dtype, width: int) -> Iterator[TrunkShortcut]:
+        side = self._side()
+        side.cache = self.cache
+        try:
+            yield side
+        finally:
+            side.cache = None
+
+    def _count_flops(self) -> None:
+        """As a walk over the model finds them; the ladder's attention and the frozen pass are put right."""
+        base, ladder = self.job.model.get_base_model(), self._side().ladder
+        head = base.get_output_embeddings()
+        self._head_weights = linear_params(head) if head is not None else 0
+        found, width = EdgeFlops.from_model(self.job.model), attention_width(base.config)
+        again, more_forward, more_backward = 0, 0, 0
+        bottom = [self.parts.blocks[i] for i in self.parts.bottom]
+        if any(isinstance(inner, BaseTunerLayer) for block in bottom for inner in block.modules()):
+            again = sum(map(_backbone_weights, bottom))
+            more_forward = 4 * width * len(bottom)
+        if ladder is not None:  # the walk took it for one block of the backbone's width
+            rungs = sum(stage.mix.in_features for stage in ladder.rungs())
+            more_forward += 4 * (rungs - width)
+            more_backward += 8 * (rungs - width)
+        self._top = EdgeFlops(
+            forward_weights=found.forward_weights + again,
+            backward_weights=found.backward_weights,
+            forward_attention=found.forward_attention + more_forward,
+            backward_attention=found.backward_attention + more_backward,
+        )
+
+    def _side(self) -> SidePath:
+        side = side_of(self.job.model)
+        assert side is not None
+        return side
+
+
+class Side(Top):
+    """The loop of mode `top` over a model with a side path."""
+
+    phase_type = _SidePhase
+
+
+def _backbone_weights(block: nn.Module) -> int:
+    """Weight elements of a block's own matrices, adapters left out."""
+    return sum(
+        module.weight.numel()
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and "lora_" not in name
+    )
