@@ -204,7 +204,7 @@ def test_env_may_be_missing(run: Path) -> None:
 
 
 def _no_steps(folder: Path) -> None:
-    _rewrite(folder, lambda row: None if row["row"] == "step" else row)
+    _rewrite(folder, lambda row: None if row["row"] in ("step", "optimizer_step") else row)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tightbeam.common.backbone import Anatomy, Packer, Segments
+from tightbeam.common.costs.rows import Purpose
 from tightbeam.common.errors import UsageError
 from tightbeam.edge.stepper import Stepper
 
@@ -106,7 +107,9 @@ def _has_holes(mask_BT: Tensor) -> bool:
 
 def through_cloud(hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
     """Hidden states after the trunk, `[N, D]`; differentiable in `hidden_ND`: a `Trunk` over the wire."""
-    out_ND: Tensor = _CloudSpan.apply(hidden_ND, stepper, segments)  # type: ignore[no-untyped-call]
+    # Asked here, because autograd turns gradients off inside its functions.
+    purpose: Purpose = "train" if torch.is_grad_enabled() else "evaluate"
+    out_ND: Tensor = _CloudSpan.apply(hidden_ND, stepper, segments, purpose)  # type: ignore[no-untyped-call]
     return out_ND
 
 
@@ -114,16 +117,18 @@ class _CloudSpan(torch.autograd.Function):
     """The trunk on packed rows; its gradient comes from the cloud too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, stepper: Stepper, segments: Segments, purpose: Purpose
+    ) -> Tensor:
         keep = bool(ctx.needs_input_grad[0])
-        out_ND, ctx.step = stepper.forward(hidden_ND, segments, keep=keep)
+        out_ND, ctx.step = stepper.forward(hidden_ND, segments, keep=keep, purpose=purpose)
         ctx.stepper, ctx.segments = stepper, segments
         ctx.save_for_backward(hidden_ND)
         return out_ND.to(hidden_ND.device, hidden_ND.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
         (hidden_ND,) = ctx.saved_tensors
         grad_input_ND = ctx.stepper.backward(ctx.step, grad_ND, hidden_ND, ctx.segments)
-        return grad_input_ND.to(grad_ND.device, grad_ND.dtype), None, None
+        return grad_input_ND.to(grad_ND.device, grad_ND.dtype), None, None, None

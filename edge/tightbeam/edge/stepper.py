@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tightbeam.common.backbone import Segments, Taps, tap_name
 from tightbeam.common.config import Codecs
-from tightbeam.common.costs.rows import StepBytes, StepRow
+from tightbeam.common.costs.rows import Purpose, StepBytes, StepRow
 from tightbeam.common.errors import (
     IntegrityError,
     NonFiniteError,
@@ -69,21 +69,30 @@ class Stepper:
         # shared by all models of a run: a step key is never used twice; next() of a count is atomic
         self._numbers = itertools.count() if numbers is None else numbers
 
-    def forward(self, hidden_ND: Tensor, segments: Segments, *, keep: bool) -> tuple[Tensor, int]:
+    def forward(
+        self, hidden_ND: Tensor, segments: Segments, *, keep: bool, purpose: Purpose = ""
+    ) -> tuple[Tensor, int]:
         """Hidden states after the trunk, `[N, D]` on the CPU, and the step's number.
+
+        `purpose` is for the account; if left out, a forward whose backward follows is for training.
 
         Raises `StepTooLargeError`, `NonFiniteError`, and `CloudUnavailableError` after the retry limit.
         """
         job = self._forward_job(hidden_ND, segments, keep)
+        job.purpose = purpose or ("train" if keep else "evaluate")
         return self._finish(job, HIDDEN), job.step
 
-    def submit(self, hidden_ND: Tensor, segments: Segments) -> "Flight":
+    def submit(self, hidden_ND: Tensor, segments: Segments, *, purpose: Purpose = "fill") -> "Flight":
         """Send a forward that no backward will follow and do not wait for it; see `collect`."""
-        return self._start(self._forward_job(hidden_ND, segments, keep=False))
+        job = self._forward_job(hidden_ND, segments, keep=False)
+        job.purpose = purpose
+        return self._start(job)
 
     def collect(self, flight: "Flight") -> "Answer":
         """Wait for a submitted forward; a lost one is sent again. Raises what `forward` raises."""
+        started_s = time.perf_counter()
         exchange = self._exchange(flight.job, flight)
+        flight.job.waited_s = time.perf_counter() - started_s
         rows = Answer(self._result(flight.job, exchange, HIDDEN), *_coded(exchange, HIDDEN))
         return replace(rows, taps=tuple(self._taps_of(exchange, flight.job)))
 
@@ -117,6 +126,7 @@ class Stepper:
         """The gradient of the trunk's input, `[N, D]` on the CPU; `hidden_ND` is the forward's input."""
         codecs = self.codecs
         job = _Job(BACKWARD, step, segments, False, codecs.gradients_down, rounding_seed(self.run, step))
+        job.purpose = "train"
         job.add(GRADIENT, _finite(grad_ND, "gradients"), codecs.gradients_up)
         try:
             return self._finish(job, GRADIENT)
@@ -238,6 +248,8 @@ class _Job:
         self.attempts = 0
         self.resent_bytes = 0
         self.codec_s = 0.0
+        self.purpose: Purpose = ""
+        self.waited_s: float | None = None  # of a submitted step; others are waited for from start to end
 
     def add(self, name: str, tensor_ND: Tensor, codec: str) -> None:
         """Code one tensor into the request."""
@@ -275,6 +287,8 @@ class _Job:
             resent_bytes=resent_bytes,
             attempts=self.attempts,
             time_unix_s=time.time(),
+            purpose=self.purpose,
+            waited_s=self.waited_s,
         )
 
 

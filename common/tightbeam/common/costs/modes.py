@@ -2,7 +2,8 @@
 
 With d the hidden size and one codec, per token: `ushape` 4d in every training step (activations up and down,
 gradients up and down) and 2d in every evaluation; `top` 2d once ever, then its cache serves every epoch;
-`side` d up and d plus eight taps of d/16 down, once ever; `local` nothing.
+`side` d up and d plus eight taps of d/16 down, once ever; `local` nothing. For a cached run, its optimizer
+steps and evaluations say how many tokens `ushape` would have moved.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,13 @@ from tightbeam.common.costs.schema import Edge, ModeCost, Prediction
 
 __all__ = ["NUM_TAPS", "TAP_SHARE", "TokenBytes", "mode_costs", "predict"]
 
-USHAPE_RULE = "4d per token of every training step, 2d of every evaluation"
+_ONCE = "each example crosses once, then a local cache serves it"
+_RULES = {
+    "ushape": "4d per token of every training step, 2d of every evaluation",
+    "freeze": f"4d per token of every training step until the freeze, then 2d: {_ONCE}",
+    "top": f"2d per token; {_ONCE}",
+    "top, uncached": "2d per token of every training step and evaluation",
+}
 NUM_TAPS = 8
 TAP_SHARE = 1 / 16
 """Width of a side-tuning tap as a share of the hidden size."""
@@ -47,10 +54,15 @@ class TokenBytes:
 
 
 def predict(
-    row: TokenBytes, *, training_tokens: int, evaluation_tokens: int, measured_payload_bytes: int
+    row: TokenBytes,
+    *,
+    training_tokens: int,
+    evaluation_tokens: int,
+    measured_payload_bytes: int,
+    fill_tokens: int = 0,
 ) -> Prediction:
-    """Say what `ushape` moves for so many tokens, beside what was measured."""
-    predicted = row.training * training_tokens + row.forward * evaluation_tokens
+    """Say what so many tokens move, beside what was measured; a cache's cross as an evaluation's do."""
+    predicted = row.training * training_tokens + row.forward * (evaluation_tokens + fill_tokens)
     return Prediction(
         bytes_per_training_token=row.training,
         bytes_per_evaluation_token=row.forward,
@@ -72,6 +84,11 @@ class _Job:
     evaluation_flops: int
 
     @property
+    def every_step(self) -> float:
+        """Payload bytes if every step and evaluation crossed."""
+        return self.training_tokens * self.row.training + self.evaluation_tokens * self.row.forward
+
+    @property
     def tokens_once(self) -> float:
         """Tokens of training and evaluation data, each counted once."""
         return self.training_tokens / self.passes + self.evaluation_tokens / self.num_evals
@@ -85,7 +102,7 @@ class _Job:
 def mode_costs(
     edges: list[Edge], passes: Mapping[str, float], wire_ratio: float, prices: Prices
 ) -> list[ModeCost]:
-    """Compare the measured mode with the others; empty when an edge has no prediction.
+    """Compare the measured mode with the others; empty when an edge has no prediction or nothing crossed.
 
     `passes` says, by edge name, how often each training example was seen; `wire_ratio` is wire over payload
     bytes.
@@ -95,6 +112,8 @@ def mode_costs(
     jobs = [_job(edge, passes[edge.name]) for edge in edges]
     measured = sum(edge.prediction.measured_payload_bytes for edge in edges if edge.prediction)
     measured_flops = sum(sum(edge.cloud_flops.values()) for edge in edges)
+    if not measured:
+        return []
 
     def cost(mode: str, payload: float, flops: float, rule: str, *, is_measured: bool = False) -> ModeCost:
         wire = round(payload * wire_ratio)
@@ -107,26 +126,50 @@ def mode_costs(
             rule=rule,
         )
 
-    once = "each example crosses once, then a local cache serves it"
+    ran = _ran(edges[0])
+    ushape = sum(job.every_step for job in jobs)
+    ushape_flops = sum(2 * job.forward_flops + job.evaluation_flops for job in jobs)
     top = sum(job.tokens_once * job.row.forward for job in jobs)
     taps = sum(job.tokens_once * job.row.activations_down * NUM_TAPS * TAP_SHARE for job in jobs)
     flops_once = sum(job.flops_once for job in jobs)
-    return [
-        cost(edges[0].mode, measured, measured_flops, USHAPE_RULE, is_measured=True),
-        cost("top", top, flops_once, f"2d per token; {once}"),
-        cost("side", top + taps, flops_once, f"2d and {NUM_TAPS} taps of d/16 per token; {once}"),
+    others = [
+        cost("ushape", ushape, ushape_flops, f"{_RULES['ushape']}; a backward taken as one forward's work"),
+        cost("top", top, flops_once, _RULES["top"]),
+        cost("side", top + taps, flops_once, f"2d and {NUM_TAPS} taps of d/16 per token; {_ONCE}"),
         cost("local", 0, 0, "nothing crosses; the edge holds and computes every block"),
     ]
+    mode = ran.partition(",")[0]
+    return [
+        cost(mode, measured, measured_flops, _RULES[ran], is_measured=True),
+        *(other for other in others if other.mode != mode),
+    ]
+
+
+def _ran(edge: Edge) -> str:
+    if edge.mode == "top":
+        return "top" if edge.fill_tokens or not edge.training_tokens else "top, uncached"
+    return "freeze" if edge.fill_tokens else "ushape"
 
 
 def _job(edge: Edge, passes: float) -> _Job:
     assert edge.hidden_size is not None
+    training_tokens, evaluation_tokens = edge.training_tokens, edge.evaluation_tokens
+    forward_flops = edge.cloud_flops.get("forward", 0)
+    evaluation_flops = edge.cloud_flops.get("evaluation", 0)
+    if _ran(edge) in (
+        "freeze",
+        "top",
+    ):  # most tokens did not cross: ask the training loop how many there were
+        crossed = training_tokens + evaluation_tokens + edge.fill_tokens
+        per_token = (forward_flops + evaluation_flops + edge.cloud_flops.get("fill", 0)) / max(crossed, 1)
+        training_tokens, evaluation_tokens = edge.trained_tokens, edge.evaluated_tokens
+        forward_flops, evaluation_flops = (round(per_token * n) for n in (training_tokens, evaluation_tokens))
     return _Job(
         row=TokenBytes.of(edge.hidden_size, edge.codecs),
-        training_tokens=edge.training_tokens,
-        evaluation_tokens=edge.evaluation_tokens,
+        training_tokens=training_tokens,
+        evaluation_tokens=evaluation_tokens,
         passes=max(passes, 1.0),
         num_evals=max(len(edge.eval_loss), 1),
-        forward_flops=edge.cloud_flops.get("forward", 0),
-        evaluation_flops=edge.cloud_flops.get("evaluation", 0),
+        forward_flops=forward_flops,
+        evaluation_flops=evaluation_flops,
     )

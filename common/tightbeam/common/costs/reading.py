@@ -83,6 +83,8 @@ class RunRecords:
     env: dict[str, Any]
     runs: list[RunRow] = field(default_factory=list)
     steps: list[StepRow] = field(default_factory=list)
+    waited_by_evals: list[StepRow] = field(default_factory=list)
+    """Those of `steps` that an evaluation waited for."""
     optimizer_steps: list[OptimizerRow] = field(default_factory=list)
     evals: list[EvalRow] = field(default_factory=list)
     transfers: list[TransferRow] = field(default_factory=list)
@@ -104,15 +106,20 @@ def read_run(folder: str | Path) -> RunRecords:
         raise DataError(f"{folder} is no run folder: it has no config.yaml.", cure=cure)
     records = RunRecords(folder.resolve().name, _config(folder / "config.yaml"), _env(folder / "env.json"))
     path = folder / "ledger.jsonl"
+    settled = 0  # steps whose row came before the last row that stands for work of the edge
     for number, row in enumerate(read_ledger(path), 1):
         try:
             _file(records, row)
+            if row["row"] == "eval":
+                records.waited_by_evals += records.steps[settled:]
+            if row["row"] != "step":
+                settled = len(records.steps)
         except (TypeError, ValidationError) as error:
             raise DataError(
                 f"{path}:{number} is not a row of this version: {error}.",
                 cure="Read it with the version that wrote it; env.json names that.",
             ) from error
-    if not records.runs or not records.steps:
+    if not records.runs or not (records.steps or records.optimizer_steps):
         raise DataError(
             f"{path} has no step in it yet, so there is nothing to report.",
             cure="Let the run train at least one step.",

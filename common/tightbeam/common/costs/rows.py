@@ -3,12 +3,17 @@
 `payload` is what the codec put out, `sealed` adds the records' tags and the sealed headers, `wire` adds the
 framing of gRPC, HTTP/2 and TLS (see `wire_bytes`). `up` is edge to cloud. A step is billed once, by its
 key `(tenant, run, step, kind)`; what a retry moved besides is `resent_bytes` and is not billed.
+
+What a step was for only the edge knows; it never crosses.
 """
 
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-__all__ = ["StepBytes", "StepRow"]
+__all__ = ["Purpose", "StepBytes", "StepRow"]
+
+Purpose = Literal["", "train", "evaluate", "fill"]
+"""Why the edge took a step: for a training step, an evaluation, or its cache. "" where nobody said."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,24 @@ class StepRow:
     resent_bytes: int = 0  # wire bytes of failed attempts, both directions
     attempts: int = 1
     time_unix_s: float = 0.0
+    purpose: Purpose = ""
+    waited_s: float | None = None  # edge: stood waiting for the reply; None: all the time it took
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds for which the edge did nothing but this step: coding, and waiting for the reply."""
+        return self.codec_s + self.waited_share * self._reply_s
+
+    @property
+    def waited_share(self) -> float:
+        """Part of the reply's time, 0 to 1, in which the edge stood waiting; the rest hid behind its work."""
+        if self.waited_s is None:
+            return 1.0
+        return min(self.waited_s / self._reply_s, 1.0) if self._reply_s > 0 else 0.0
+
+    @property
+    def _reply_s(self) -> float:
+        return self.seal_s + self.network_s + self.cloud_queue_s + self.cloud_compute_s
 
     def to_json(self) -> dict[str, Any]:
         """Flat mapping for one JSON line."""

@@ -14,8 +14,8 @@ __all__ = ["KINDS", "SCHEMA", "Costs", "Edge", "ModeCost", "Prediction", "Second
 
 SCHEMA: Final = "tightbeam.costs/1"
 
-KINDS: Final = ("forward", "backward", "evaluation", "weights", "control")
-"""What bytes were for. The first three are steps; evaluation is a forward without a backward."""
+KINDS: Final = ("forward", "backward", "evaluation", "fill", "weights", "control")
+"""What bytes were for. The first four are steps: training's, an evaluation's, and what filled a cache."""
 
 
 class _Model(BaseModel):
@@ -34,7 +34,8 @@ class Seconds(_Model):
     cloud_compute: float
     other: float
     evaluation: float
-    """Waiting for the trunk in evaluations, which is not part of `wall`."""
+    """Waiting for the trunk in evaluations, which is not part of `wall`. Of a step that was on its way while
+    the edge computed, here and above only the seconds count in which the edge stood waiting for it."""
 
 
 class TimeBin(_Model):
@@ -74,10 +75,17 @@ class Edge(_Model):
     platform: str
     optimizer_steps: int
     step_counts: dict[str, int]
-    """Billed steps by kind: forward, backward, evaluation."""
+    """Billed steps by kind: forward, backward, evaluation; fill, if there was any."""
     retried_steps: int
     training_tokens: int
+    """That crossed in training steps; in a mode that caches fewer than were trained on."""
     evaluation_tokens: int
+    """That crossed in evaluations."""
+    fill_tokens: int = 0
+    """That crossed once for a cache, of training and evaluation data."""
+    trained_tokens: int = 0
+    """In the batches of all optimizer steps, whether they crossed or came from a cache."""
+    evaluated_tokens: int = 0
     sequences: int
     """Segments whose activations the cloud saw, each pass counted."""
     traffic: dict[str, StepBytes]
@@ -104,6 +112,7 @@ class Total(_Model):
 
     training_tokens: int
     evaluation_tokens: int
+    fill_tokens: int = 0
     bytes: StepBytes
     """Steps and other transfers."""
     step_payload_bytes: int

@@ -2,6 +2,9 @@
 
 A step key counts once. A row that repeats a key (a resumed run sent it again, and the cloud did not bill it
 again) adds its seconds and its `resent_bytes`, not its bytes and operations.
+
+Steps that fill a cache are on their way while the edge computes. Only the seconds count in which the edge
+stood waiting for one, split as that step's own network, queue and compute; never more than the wall leaves.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,7 +22,14 @@ from tightbeam.common.errors import DataError
 __all__ = ["summarise"]
 
 _MAX_BINS = 60
-_STEP_KINDS = ("forward", "backward", "evaluation")
+_STEP_KINDS = ("forward", "backward", "evaluation", "fill")
+_KIND_OF = {"train": "forward", "evaluate": "evaluation", "fill": "fill"}
+_WAITS = {
+    "seal": "seal_s",
+    "network": "network_s",
+    "cloud_queue": "cloud_queue_s",
+    "cloud_compute": "cloud_compute_s",
+}
 
 
 def summarise(run_folders: Sequence[str | Path], prices: Prices | None = None) -> Costs:
@@ -51,12 +61,16 @@ def _edge(record: RunRecords, name: str, grid: "_Grid") -> Edge:
     by_kind = {
         kind: [row for row in billed if kinds[row.run, row.step, row.kind] == kind] for kind in _STEP_KINDS
     }
+    if not by_kind["fill"]:
+        del by_kind["fill"]  # a mode without a cache does not show one
     traffic = {kind: sum((row.bytes for row in rows), StepBytes()) for kind, rows in by_kind.items()}
     for transfer in record.transfers:
         moved = StepBytes(wire_up_bytes=transfer.wire_up_bytes, wire_down_bytes=transfer.wire_down_bytes)
         traffic[transfer.kind] = traffic.get(transfer.kind, StepBytes()) + moved
     training_tokens = sum(row.tokens for row in by_kind["forward"])
     evaluation_tokens = sum(row.tokens for row in by_kind["evaluation"])
+    fill_tokens = sum(row.tokens for row in by_kind.get("fill", ()))
+    optimizer_rows = {row.n: row for row in record.optimizer_steps}
     return Edge(
         name=name,
         runs=list(dict.fromkeys(row.run for row in record.runs)),
@@ -69,12 +83,15 @@ def _edge(record: RunRecords, name: str, grid: "_Grid") -> Edge:
         hidden_size=last.hidden_size,
         device=str(record.env.get("device", "unknown")),
         platform=str(record.env.get("platform", "unknown")),
-        optimizer_steps=len({row.n for row in record.optimizer_steps}),
+        optimizer_steps=len(optimizer_rows),
         step_counts={kind: len(rows) for kind, rows in by_kind.items()},
         retried_steps=sum(row.attempts > 1 for row in record.steps) + len(record.steps) - len(billed),
         training_tokens=training_tokens,
         evaluation_tokens=evaluation_tokens,
-        sequences=sum(row.segments for kind in ("forward", "evaluation") for row in by_kind[kind]),
+        fill_tokens=fill_tokens,
+        trained_tokens=sum(row.tokens for row in optimizer_rows.values()),
+        evaluated_tokens=sum(row.tokens for row in {row.n: row for row in record.evals}.values()),
+        sequences=sum(row.segments for kind in by_kind if kind != "backward" for row in by_kind[kind]),
         traffic=traffic,
         resent_bytes=sum(row.resent_bytes for row in record.steps),
         edge_flops=sum(row.edge_flops for row in record.optimizer_steps),
@@ -82,43 +99,58 @@ def _edge(record: RunRecords, name: str, grid: "_Grid") -> Edge:
         seconds=_seconds(record, kinds),
         cloud_compute_s=sum(row.cloud_compute_s for row in record.steps),
         peak_memory_bytes=max((row.peak_memory_bytes for row in record.optimizer_steps), default=0),
-        train_loss=list({row.n: (row.n, row.loss) for row in record.optimizer_steps}.values()),
+        train_loss=[(n, row.loss) for n, row in optimizer_rows.items()],
         eval_loss=list({row.n: (row.n, row.loss) for row in record.evals}.values()),
         timeline=grid.timeline(record),
-        prediction=_prediction(record, traffic, training_tokens, evaluation_tokens),
+        prediction=_prediction(record, by_kind),
     )
 
 
 def _billed(steps: Iterable[StepRow]) -> tuple[list[StepRow], dict[tuple[str, int, str], str]]:
-    """First row of each key, and what each key was for: a forward without a backward is an evaluation."""
+    """First row of each key, and what each key was for.
+
+    Where no purpose was written, a forward without a backward is an evaluation.
+    """
     first: dict[tuple[str, int, str], StepRow] = {}
     for row in steps:
         first.setdefault((row.run, row.step, row.kind), row)
-    kinds = {
-        (run, step, kind): kind if kind != "forward" or (run, step, "backward") in first else "evaluation"
-        for run, step, kind in first
-    }
-    return list(first.values()), kinds
+
+    def kind_of(row: StepRow) -> str:
+        if row.kind != "forward":
+            return row.kind
+        followed = (row.run, row.step, "backward") in first
+        return _KIND_OF.get(row.purpose, "forward" if followed else "evaluation")
+
+    return list(first.values()), {key: kind_of(row) for key, row in first.items()}
 
 
 def _seconds(record: RunRecords, kinds: dict[tuple[str, int, str], str]) -> Seconds:
-    training = [row for row in record.steps if kinds[row.run, row.step, row.kind] != "evaluation"]
-    evaluation = [row for row in record.steps if kinds[row.run, row.step, row.kind] == "evaluation"]
+    by_evals = {id(row) for row in record.waited_by_evals}
+
+    def in_evaluation(row: StepRow) -> bool:
+        kind = kinds[row.run, row.step, row.kind]
+        return kind == "evaluation" or (kind == "fill" and id(row) in by_evals)
+
+    training = [row for row in record.steps if not in_evaluation(row)]
     wall = sum(row.wall_s for row in record.optimizer_steps)
-    phases = {
-        "edge_compute": sum(row.edge_compute_s for row in record.optimizer_steps),
-        "codec": sum(row.codec_s for row in training),
-        "seal": sum(row.seal_s for row in training),
-        "network": sum(row.network_s for row in training),
-        "cloud_queue": sum(row.cloud_queue_s for row in training),
-        "cloud_compute": sum(row.cloud_compute_s for row in training),
-    }
-    other = max(0.0, wall - sum(phases.values()))
-    return Seconds(wall=wall, **phases, other=other, evaluation=sum(map(_spent, evaluation)))
+    edge_compute = sum(row.edge_compute_s for row in record.optimizer_steps)
+    codec = sum(row.codec_s for row in training)
+    in_turn = _waits(row for row in training if row.waited_s is None)
+    overlapping = _waits(row for row in training if row.waited_s is not None)
+    left = wall - edge_compute - codec - sum(in_turn.values())
+    fit = min(max(left, 0.0) / (sum(overlapping.values()) or 1.0), 1.0)
+    waits = {phase: in_turn[phase] + fit * overlapping[phase] for phase in _WAITS}
+    other = max(0.0, wall - edge_compute - codec - sum(waits.values()))
+    evaluation = sum(row.blocked_s for row in record.steps if in_evaluation(row))
+    return Seconds(
+        wall=wall, edge_compute=edge_compute, codec=codec, **waits, other=other, evaluation=evaluation
+    )
 
 
-def _spent(row: StepRow) -> float:
-    return row.codec_s + row.seal_s + row.network_s + row.cloud_queue_s + row.cloud_compute_s
+def _waits(rows: Iterable[StepRow]) -> dict[str, float]:
+    """Seconds by phase in which the edge stood waiting."""
+    shares = [(row, row.waited_share) for row in rows]
+    return {phase: sum(share * getattr(row, name) for row, share in shares) for phase, name in _WAITS.items()}
 
 
 @dataclass(frozen=True)
@@ -152,24 +184,24 @@ class _Grid:
         ]
 
 
-def _prediction(
-    record: RunRecords, traffic: dict[str, StepBytes], training_tokens: int, evaluation_tokens: int
-) -> Prediction | None:
+def _prediction(record: RunRecords, by_kind: dict[str, list[StepRow]]) -> Prediction | None:
     run = record.runs[-1]
-    if run.hidden_size is None or run.mode != "ushape":
+    if run.hidden_size is None or run.mode not in ("ushape", "top"):
         return None
-    steps = sum((traffic[kind] for kind in _STEP_KINDS), StepBytes())
+    tokens = {kind: sum(row.tokens for row in rows) for kind, rows in by_kind.items()}
+    moved = [row.bytes for rows in by_kind.values() for row in rows]
     return predict(
         TokenBytes.of(run.hidden_size, run.codecs()),
-        training_tokens=training_tokens,
-        evaluation_tokens=evaluation_tokens,
-        measured_payload_bytes=steps.payload_up_bytes + steps.payload_down_bytes,
+        training_tokens=tokens["backward"],
+        evaluation_tokens=tokens["evaluation"] + tokens["forward"] - tokens["backward"],
+        fill_tokens=tokens.get("fill", 0),
+        measured_payload_bytes=sum(part.payload_up_bytes + part.payload_down_bytes for part in moved),
     )
 
 
 def _total(edges: list[Edge], prices: Prices) -> Total:
     moved = sum((part for edge in edges for part in edge.traffic.values()), StepBytes())
-    steps = sum((edge.traffic[kind] for edge in edges for kind in _STEP_KINDS), StepBytes())
+    steps = sum((edge.traffic.get(kind, StepBytes()) for edge in edges for kind in _STEP_KINDS), StepBytes())
     cloud_flops = sum(sum(edge.cloud_flops.values()) for edge in edges)
     edge_s = sum(edge.seconds.wall + edge.seconds.evaluation for edge in edges)
     cloud_compute_s = sum(edge.cloud_compute_s for edge in edges)
@@ -177,6 +209,7 @@ def _total(edges: list[Edge], prices: Prices) -> Total:
     return Total(
         training_tokens=sum(edge.training_tokens for edge in edges),
         evaluation_tokens=sum(edge.evaluation_tokens for edge in edges),
+        fill_tokens=sum(edge.fill_tokens for edge in edges),
         bytes=moved,
         step_payload_bytes=steps.payload_up_bytes + steps.payload_down_bytes,
         step_wire_bytes=steps.wire_total_bytes,

@@ -34,13 +34,16 @@ def print_table(costs: Costs, console: Console | None = None) -> None:
 
 def _column(edge: Edge) -> dict[str, str]:
     seconds, prediction = edge.seconds, edge.prediction
-    steps = [edge.traffic[kind] for kind in ("forward", "backward", "evaluation")]
+    steps = [
+        edge.traffic[kind] for kind in ("forward", "backward", "evaluation", "fill") if kind in edge.traffic
+    ]
     up, down = sum(s.wire_up_bytes for s in steps), sum(s.wire_down_bytes for s in steps)
     weights = edge.traffic.get("weights", StepBytes())
     losses = [loss for _, loss in edge.eval_loss]
     return {
         "evaluation loss": f"{losses[0]:.3f} \u2192 {losses[-1]:.3f}" if losses else "-",
-        "training tokens": count_text(edge.training_tokens),
+        "training tokens": count_text(edge.trained_tokens),
+        "tokens crossed": count_text(edge.training_tokens + edge.evaluation_tokens + edge.fill_tokens),
         "steps up, wire": bytes_text(up),
         "steps down, wire": bytes_text(down),
         "payload predicted": bytes_text(prediction.predicted_payload_bytes) if prediction else "-",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tightbeam.common.backbone import Packer, Segments, dissect
+from tightbeam.common.costs.rows import Purpose
 from tightbeam.common.errors import UsageError
 from tightbeam.edge.cache.keys import Scope, sample_digest
 from tightbeam.edge.cache.rows import pack_entry, unpack_entry
@@ -190,7 +191,7 @@ class TrunkShortcut:
         lookup = self._lookup
         if lookup is None:
             stepper = self.parts.trunk.stepper
-            return self.rows(stepper.collect(stepper.submit(hidden_ND, segments)))
+            return self.rows(stepper.collect(stepper.submit(hidden_ND, segments, purpose=_purpose())))
         # The key holds these positions: an activation of others must not pass for this sample's.
         assert segments.lengths == lookup.segments.lengths
         assert torch.equal(segments.positions_N, lookup.segments.positions_N)
@@ -206,7 +207,8 @@ class TrunkShortcut:
         index = torch.cat([torch.arange(start, stop) for start, stop in places])
         part = Segments(tuple(stop - start for start, stop in places), lookup.segments.positions_N[index])
         stepper = self.parts.trunk.stepper
-        answer = stepper.collect(stepper.submit(hidden_ND[index.to(hidden_ND.device)], part))
+        part_ND = hidden_ND[index.to(hidden_ND.device)]
+        answer = stepper.collect(stepper.submit(part_ND, part, purpose=_purpose()))
         if self.cache is not None and torch.is_grad_enabled():
             self.keep(answer, part, [lookup.digests[i] for i in missing])
         rows: Sequence[Tensor] = self.rows(answer).to(self._dtype).split(list(part.lengths))
@@ -250,6 +252,11 @@ class TrunkShortcut:
         if payload is None:
             return None
         return self.unpack(payload, num_tokens).to(self._dtype)
+
+
+def _purpose() -> Purpose:
+    """What a forward outside of a filling is for."""
+    return "train" if torch.is_grad_enabled() else "evaluate"
 
 
 def _sample_inputs(
