@@ -391,7 +391,7 @@ class _Training:
         for row in self.loaded.steps.drain() if self.loaded.steps else ():
             self._append(row.to_json())
             self.moved = self.moved + row.bytes
-            away_s += row.network_s + row.cloud_queue_s + row.cloud_compute_s + row.codec_s + row.seal_s
+            away_s += row.blocked_s
         return away_s
 
     def _result(self, done: int, adapter: Path | None) -> TrainResult:
