@@ -14,6 +14,7 @@ from support.edge_runs import byte_tokenizer, tiny_llama
 from support.in_process import InProcessCloud
 from support.tiny import TINY, tiny_model
 from tightbeam.cloud.backbone import load_backbone
+from tightbeam.cloud.engine import Done
 from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.common.backbone import CutPolicy, PackedTrunk, Projection, Segments, Taps
 from tightbeam.common.costs.rows import StepRow
@@ -209,6 +210,30 @@ def test_taps_cross_grpc(cloud: InProcessCloud) -> None:
         stepper.taps = replace(stepper.taps, size=size + 1)  # a cloud that answers otherwise than announced
         with pytest.raises(ProtocolError, match="tap of 4 elements"):
             stepper.collect(stepper.submit(hidden_ND, SEGMENTS))
+
+
+@pytest.mark.parametrize("lie", ["another block", "wider than the hidden states", "fewer tokens", "none"])
+def test_an_edge_takes_no_other_taps_than_it_asked_for(
+    cloud: InProcessCloud, monkeypatch: pytest.MonkeyPatch, lie: str
+) -> None:
+    honest = cloud.engine.forward_tapped
+    shapes = {"wider than the hidden states": (8, 17), "fewer tokens": (7, SIZE)}
+
+    async def lying(hidden_ND: Tensor, segments: Segments, span: range, taps: Taps) -> Done:
+        done = await honest(hidden_ND, segments, span, taps)
+        if lie == "none":
+            return replace(done, taps={})
+        if lie == "another block":
+            return replace(done, taps={3: done.taps[2]})
+        return replace(done, taps={2: torch.zeros(shapes[lie])})
+
+    monkeypatch.setattr(cloud.engine, "forward_tapped", lying)
+    sha256, size = sizes(cloud)
+    with connect(cloud.address or cloud.listen(), insecure=True) as edge:
+        stepper = edge.open_steps("1:2")
+        stepper.taps = Taps((2,), size, sha256)
+        with pytest.raises(ProtocolError, match="answered step 0 with tensors of shape"):
+            stepper.collect(stepper.submit(torch.ones(8, 16), SEGMENTS))
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ __all__ = ["ProjectionOptions", "check_projection", "fit_projection", "projectio
 
 _log = logging.getLogger(__name__)
 _SEQUENCE_TOKENS = 256
-_MAX_TOKENS = 131_072  # enough for bases of a few hundred directions
+_MAX_TOKENS = 65_536  # enough for bases of a few hundred directions
 _TOKENS_PER_DIRECTION = 2
 
 
