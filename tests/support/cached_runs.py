@@ -1,4 +1,4 @@
-"""Training runs of the modes that cache, over a cloud in this process; everything that crosses is recorded."""
+"""Runs of the modes that cache, over a cloud in this process; everything that crosses is recorded."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
