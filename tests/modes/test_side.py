@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from support.cached_runs import Crossing, cached_recipe, save_model, train_over
+from support.comparing import targets
 from support.edge_runs import byte_tokenizer, tiny_llama
 from support.in_process import InProcessCloud
-from support.tiny import ragged_batch
+from support.tiny import ragged_batch, tiny_model
 from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.common.backbone import Segments
 from tightbeam.common.costs.meter import read_ledger
@@ -93,6 +94,29 @@ def test_step_0_is_the_backbone_to_the_last_bit(cloud: InProcessCloud, taps: int
         assert torch.equal(model(**given).logits, reference)
     disturb(model)
     assert not torch.allclose(model(**given).logits, reference, atol=1e-2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma2", "qwen3"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    """Learned positions, fused matrices, sliding windows: step 0 is the backbone, and it trains."""
+    whole = tiny_model(family, vocab_size=261)
+    whole.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "public.txt").write_text(TEXT, encoding="utf-8")
+    fit = ProjectionOptions(file=tmp_path / "p.safetensors", text=tmp_path / "public.txt", size=4)
+    with InProcessCloud(tmp_path / "model", tmp_path / "cloud", projection=fit) as cloud:
+        model = adapted(plain(cloud)[0], target_modules=targets(family), fan_in_fan_out=family == "gpt2")
+        add_side(model, cloud.card, **LAYERS)
+        given = batch()
+        keep = given["attention_mask"].bool()
+        before = model.train()(**given)
+        assert torch.allclose(before.logits[keep], whole(**given).logits[keep], rtol=1e-4, atol=1e-4)
+        optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+        for _ in range(6):
+            optimizer.zero_grad()
+            model(**given).loss.backward()
+            optimizer.step()
+        assert model(**given).loss.item() < before.loss.item() - 0.1
 
 
 def test_the_formula_on_the_whole_model(cloud: InProcessCloud, folder: Path) -> None:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from tightbeam.common.backbone import PROJECTION_BLOB, Anatomy, Checkpoint, fingerprint
 from tightbeam.common.backbone.checkpoint import AUXILIARY_FILES
 from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
+from tightbeam.common.runs import atomic_write
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
 __all__ = ["BlobStore", "WeightSource", "cache_folder", "check_card", "local_source"]
@@ -143,7 +144,7 @@ class BlobStore:
             if (
                 blob.name.startswith("file/") and name in AUXILIARY_FILES
             ):  # never a path of the peer's choosing
-                (folder / name).write_bytes(self.get(blob).read_bytes())
+                atomic_write(folder / name, self.get(blob).read_bytes())  # another process may be reading it
         return folder
 
 
