@@ -1,5 +1,6 @@
 """Every scenario in scenarios/, run in small against a real cloud process that `simulate` starts."""
 
+import io
 import json
 from pathlib import Path
 
@@ -14,11 +15,11 @@ from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import load_scenario
 
 SCENARIOS = sorted((Path(experiment.__file__).parent / "scenarios").glob("*.yaml"))
-CUTS = {"4:4": "1:1", "2:2": "1:1", "8:8": "2:2", "0:4": "0:1"}
+CUTS = {"4:4": "1:1", "2:2": "1:1", "8:8": "2:2", "1:4": "1:1"}
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
-def test_scenario(path: Path, backbone: Path, tmp_path: Path, playground: object) -> None:
+def test_scenario(path: Path, backbone: Path, tmp_path: Path) -> None:
     rows = [row | {"topic": f"topic-{number % 21}"} for number, row in enumerate(sums(240))]
     data = write_jsonl(tmp_path / "rows.jsonl", rows)
     scenario = load_scenario(path)
@@ -44,7 +45,7 @@ def test_scenario(path: Path, backbone: Path, tmp_path: Path, playground: object
     assert (page.parent / "certs" / "cloud" / "identity.crt").is_file(), "identities, not --insecure"
 
 
-def test_the_live_table_shows_who_is_slow(tmp_path: Path) -> None:
+def test_the_live_table_shows_who_is_slow() -> None:
     scenario = load_scenario(SCENARIOS[0])
     progress = FederationProgress(scenario, Console(quiet=True, width=200))
     names = [profile.name for profile in scenario.profiles()][:3]
@@ -53,9 +54,7 @@ def test_the_live_table_shows_who_is_slow(tmp_path: Path) -> None:
         progress.on_row(row | {"wire_up_bytes": 2_000_000, "joules": 5.0})
     progress.on_row({"row": "round", "round": 1, "updates": 3, "loss": 2.0, "virtual_s": 9.0})
     assert [name for name, line in progress.lines.items() if line.slow] == [names[2]]
-    console = Console(
-        width=200, record=True, quiet=False, file=(tmp_path / "out").open("w", encoding="utf-8")
-    )
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(progress.table())
     text = console.export_text()
     assert "9.00 s slow" in text

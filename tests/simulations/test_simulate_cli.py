@@ -46,7 +46,7 @@ def test_an_unreachable_cloud_has_its_own_code(tmp_path: Path, playground: Playg
     done = _simulate(tmp_path, TEXT)
     assert done.returncode == 6
     assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "localhost:9" in done.stderr.splitlines()[-1]
+    assert "Check that `tightbeam serve` runs there" in done.stderr.splitlines()[-1]
 
 
 def test_another_flower_is_refused_with_the_command_to_type(monkeypatch: pytest.MonkeyPatch) -> None:

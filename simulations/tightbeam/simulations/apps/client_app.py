@@ -1,6 +1,7 @@
-"""The client's side: what a node answers to the server's four kinds of messages.
+"""The client's side: what a node answers to the server's messages.
 
     query.hello      which client of the scenario it is
+    query.secure     an exchange of a secure aggregation
     query.layers     which layers its cut leaves at the edge, and their shapes
     train            some local steps from the global adapter, over its own sealed stream to the cloud
     evaluate         the global adapter's loss on this client's held-out text
@@ -26,12 +27,13 @@ from tightbeam.edge.connection import Cloud
 from tightbeam.edge.data import Example
 from tightbeam.edge.federation import Lender, LocalTask, SplitAdapter, Work, held_bytes, pad_id
 from tightbeam.simulations.apps.participant import Client, Leaving
+from tightbeam.simulations.apps.secure import answer_step, certificate_of, mask_update
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.budgets import Plan, Spent, choose_codec, codec_text
 from tightbeam.simulations.global_adapter import from_record, to_record
 from tightbeam.simulations.profiles import steps_seconds
 
-__all__ = ["app", "evaluate", "hello", "layers", "train"]
+__all__ = ["app", "evaluate", "hello", "layers", "secure", "train"]
 
 app = ClientApp()
 _LENDER = Lender()  # one per process: its models serve every client that this process plays
@@ -63,8 +65,26 @@ def _notes(**values: str) -> RecordDict:
 
 @app.query("hello")
 def hello(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
-    return _answer(message, context, lambda client: _notes(client=client.profile.name, status="ok"))
+    """Say which client this node is, and show its certificate in a secure federation."""
+
+    def work(client: Client) -> RecordDict:
+        content = _notes(client=client.profile.name, status="ok")
+        content.config_records["notes"]["certificate"] = certificate_of(client)
+        return content
+
+    return _answer(message, context, work)
+
+
+@app.query("secure")
+def secure(message: Message, context: Context) -> Message:
+    """Answer one exchange of a secure aggregation."""
+
+    def work(client: Client) -> RecordDict:
+        content = _notes(client=client.profile.name, status="ok")
+        content.config_records["notes"]["secure"] = answer_step(client, context, message.content)
+        return content
+
+    return _answer(message, context, work)
 
 
 @app.query("layers")
@@ -83,7 +103,7 @@ def layers(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the asked steps from the global adapter and hand in the result."""
-    return _answer(message, context, lambda client: _train(client, message.content))
+    return _answer(message, context, lambda client: _train(client, context, message.content))
 
 
 @app.evaluate()
@@ -92,7 +112,7 @@ def evaluate(message: Message, context: Context) -> Message:
     return _answer(message, context, lambda client: _evaluate(client, message.content))
 
 
-def _train(client: Client, content: RecordDict) -> RecordDict:
+def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
     config, scenario = content.config_records["config"], client.scenario
     number = int(str(config["server-round"]))
     if client.draw("dropout", number).random() < scenario.faults.dropout:
@@ -119,14 +139,20 @@ def _train(client: Client, content: RecordDict) -> RecordDict:
     if client.draw("straggler", number).random() < scenario.faults.straggler:
         slow = scenario.faults.slowdown
     weight = work.learned_tokens if scenario.strategy.weight == "tokens" else len(learn)
-    figures = _figures(client, content, work, update.count_bytes(), first, slow)
-    return RecordDict(
-        {
-            "arrays": update,
-            "metrics": MetricRecord({"weight": weight, "examples": len(learn), **figures}),
-            **_notes(client=client.profile.name, status="ok", run=run, codec=codec_text(codec)),
-        }
+    reply = _notes(client=client.profile.name, status="ok", run=run, codec=codec_text(codec))
+    up_bytes = update.count_bytes()
+    if client.scenario.strategy.secure:
+        inbox = content.config_records["secure"]["inbox"]
+        assert isinstance(inbox, bytes)
+        masked = mask_update(client, context, inbox, from_record(update), weight)
+        reply.config_records["notes"]["secure"], up_bytes = masked, len(masked)
+    else:
+        reply.array_records["arrays"] = update
+    figures = _figures(client, content, work, up_bytes, first, slow)
+    reply.metric_records["metrics"] = MetricRecord(
+        {"weight": weight, "examples": len(learn), "adapter-up-bytes": up_bytes, **figures}
     )
+    return reply
 
 
 def _evaluate(client: Client, content: RecordDict) -> RecordDict:

@@ -31,7 +31,7 @@ _REMEMBERED = ("momentum_vector", "m_t", "v_t")
 class Accepted:
     """One client's update that has passed the checks."""
 
-    update: Update
+    update: Update | None  # None: masked
     layers: frozenset[str]
     reply: Message
 
@@ -103,7 +103,7 @@ class ByAggregator:
         """Nothing."""
 
     def _aggregate(self, layers: frozenset[str], accepted: Sequence[Accepted]) -> Aggregate:
-        having = [one.update for one in accepted if layers <= one.layers]
+        having = [one.update for one in accepted if one.update and layers <= one.layers]
         return self._aggregator.aggregate([_restricted(update, layers) for update in having])
 
 

@@ -101,10 +101,8 @@ def _part(state: State, prefix: str) -> dict[str, Any]:
 def _roster(grid: Grid, scenario: Scenario) -> tuple[list[Node], dict[str, Any]]:
     """Every client with its layers, and what backbone they have."""
     ids = _wait_for_nodes(grid, scenario.clients)
-    names = {
-        str(reply.content.config_records["notes"]["client"]): reply.metadata.src_node_id
-        for reply in _ask(grid, "query.hello", ids)
-    }
+    told_by = {str(_notes(reply)["client"]): reply for reply in _ask(grid, "query.hello", ids)}
+    names = {name: reply.metadata.src_node_id for name, reply in told_by.items()}
     profiles = [profile for profile in scenario.profiles() if profile.name in names]
     first: dict[tuple[str, str], ClientProfile] = {}
     for profile in profiles:
@@ -120,7 +118,11 @@ def _roster(grid: Grid, scenario: Scenario) -> tuple[list[Node], dict[str, Any]]
                 f"{profile.name} has another backbone than the clients before it.",
                 cure="Connect all clients to clouds of one backbone.",
             )
-    return [Node(names[p.name], p, layers[p.options.cut, p.options.mode]) for p in profiles], facts
+    nodes = []
+    for profile in profiles:
+        name, place = profile.name, (profile.options.cut, profile.options.mode)
+        nodes.append(Node(names[name], profile, _certificate(told_by[name]), layers[place]))
+    return nodes, facts
 
 
 def _wait_for_nodes(grid: Grid, wanted: int) -> list[int]:
@@ -143,3 +145,12 @@ def _ask(grid: Grid, message_type: str, ids: Iterable[int]) -> list[Message]:
         if failure is not None:
             raise failure
     return replies
+
+
+def _notes(reply: Message) -> ConfigRecord:
+    return reply.content.config_records["notes"]
+
+
+def _certificate(reply: Message) -> bytes:
+    value = _notes(reply).get("certificate", b"")
+    return value if isinstance(value, bytes) else b""

@@ -14,8 +14,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from tightbeam.common.errors import CohortError, TightbeamError, UpdateRefusedError, error_from_code
-from tightbeam.common.federation import LoraAdapter, Update, check_update
-from tightbeam.simulations.apps.combining import Accepted, combiner_for
+from tightbeam.common.federation import LoraAdapter, Update, check_update, parse_adapter
+from tightbeam.simulations.apps.combining import Accepted, Combined, combiner_for
+from tightbeam.simulations.apps.secure import SecureRounds
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Journal, Row
@@ -30,6 +31,7 @@ class Node:
 
     node_id: int
     profile: ClientProfile
+    certificate: bytes  # of its identity; empty when the federation is not secure
     layers: LoraAdapter  # empty modules: names and shapes of what its cut leaves at the edge
 
 
@@ -53,6 +55,11 @@ class FederatedLora(Strategy):
         self._by_id = {node.node_id: node for node in self._nodes.values()}
         self._state = GlobalAdapter(LoraAdapter({}, {}))
         self._sent: dict[int, Message] = {}
+        self._secure: SecureRounds | None = None
+        if scenario.strategy.secure:
+            ids = {name: node.node_id for name, node in self._nodes.items()}
+            certificates = {name: node.certificate for name, node in self._nodes.items()}
+            self._secure = SecureRounds(scenario, ids, certificates)
 
     def summary(self) -> None:
         """Nothing to log: the journal has it."""
@@ -71,9 +78,24 @@ class FederatedLora(Strategy):
         chosen = draw.sample(present, min(self.scenario.sampled, len(present)))
         chosen.sort(key=lambda node: node.profile.name)
         messages = self._messages(server_round, arrays, config, chosen, MessageType.TRAIN)
-        if messages:
-            self.combiner.prepare(server_round, messages[0].content.array_records["arrays"], grid)
-        return messages
+        if not messages:
+            return []
+        first = messages[0].content.array_records["arrays"]
+        self.combiner.prepare(server_round, first, grid)
+        return messages if self._secure is None else self._opened(server_round, first, messages, grid)
+
+    def _opened(self, number: int, sent: ArrayRecord, messages: list[Message], grid: Grid) -> list[Message]:
+        """The messages of those who agreed on keys and shares; the others have failed in this round."""
+        assert self._secure is not None
+        names = {m.metadata.dst_node_id: self._by_id[m.metadata.dst_node_id].profile.name for m in messages}
+        opened = self._secure.open(number, sent, list(names.values()), grid)
+        for name, reason in sorted(opened.failures.items()):
+            self.journal.append("client_round", round=number, client=name, status="failed", reason=reason)
+        ready = [m for m in messages if names[m.metadata.dst_node_id] in opened.inboxes]
+        for message in ready:
+            inbox = opened.inboxes[names[message.metadata.dst_node_id]]
+            message.content.config_records["secure"] = ConfigRecord({"inbox": inbox})
+        return ready
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -189,22 +211,25 @@ class FederatedLora(Strategy):
         if reply.has_content() and "metrics" in reply.content.metric_records:
             metrics = reply.content.metric_records["metrics"]
             row |= {name.replace("-", "_"): value for name, value in metrics.items()}
-            row["adapter_up_bytes"] = sum(r.count_bytes() for r in reply.content.array_records.values())
+            if arrays := reply.content.array_records:
+                row["adapter_up_bytes"] = sum(record.count_bytes() for record in arrays.values())
         return row
 
     def _judge(self, node: Node, reply: Message) -> tuple[Row, Accepted | None]:
         row = self._account(reply)
         if row["status"] != "ok":
             return row, None
+        layers = frozenset(node.layers.modules)
         try:
-            update = self._update(node, reply, row["weight"])
+            # Of a masked update there is nothing to check: its owner has, before the masks.
+            update = None if self._secure else self._update(node, reply, row["weight"])
         except UpdateRefusedError as error:
             return row | {"status": "refused", "reason": str(error)}, None
         limit_s = self.scenario.faults.deadline_s
         if limit_s is not None and row["virtual_s"] > limit_s:
             reason = f"Its update came after {row['virtual_s']:.1f} s, the deadline is {limit_s:g} s."
             return row | {"status": "late", "reason": reason}, None
-        return row, Accepted(update, frozenset(node.layers.modules), reply)
+        return row, Accepted(update, layers, reply)
 
     def _update(self, node: Node, reply: Message, weight: float) -> Update:
         name, given = node.profile.name, from_record(reply.content.array_records["arrays"])
@@ -230,9 +255,31 @@ class FederatedLora(Strategy):
         if not accepted:
             self.journal.append("round", **figures, loss=None, relative_error=None, notes=["no update"])
             return None, None
-        combined = self.combiner.combine(number, self._state, accepted)
+        try:
+            combined = self._secure_mean(accepted) if self._secure else None
+        except CohortError as too_few:  # a round has the right sum or none
+            self.journal.append("round", **figures, loss=None, relative_error=None, notes=[str(too_few)])
+            return None, None
+        combined = combined or self.combiner.combine(number, self._state, accepted)
         good = [row for row in rows if row["status"] == "ok"]
         loss = sum(row["loss"] * row["weight"] for row in good) / sum(row["weight"] for row in good)
         error, notes = combined.relative_error, list(combined.notes)
         self.journal.append("round", **figures, loss=loss, relative_error=error, notes=notes)
         return to_record(combined.state.arrays()), MetricRecord({"loss": loss, "updates": len(accepted)})
+
+    def _secure_mean(self, accepted: list[Accepted]) -> Combined:
+        assert self._secure is not None
+        masked: dict[str, bytes] = {}
+        for one in accepted:
+            notes = one.reply.content.config_records["notes"]
+            data = notes["secure"]
+            assert isinstance(data, bytes)
+            masked[str(notes["client"])] = data
+        mean: dict[str, Any] = dict(self._secure.close(masked))
+        if self.scenario.strategy.name == "ffa":
+            some = next(iter(self._sent.values())).content.array_records["arrays"]
+            mean |= {name: array for name, array in from_record(some).items() if ".lora_A." in name}
+        adapter = parse_adapter(mean, self.scenario.adapter.scale, "the sum")
+        told = [f"{name}: {reason}" for name, reason in sorted(self._secure.failures.items())]
+        besides = f"secure: {self._secure.moved_bytes} bytes besides training"
+        return Combined(self._state.after(adapter), (besides, *told))
