@@ -13,7 +13,20 @@ from typing import Annotated
 import typer
 import typer.core
 
-from tightbeam.cli import cache, certs, config, data, demo, doctor, report, serve, simulate, train, usage
+from tightbeam.cli import (
+    cache,
+    certs,
+    compare,
+    config,
+    data,
+    demo,
+    doctor,
+    report,
+    serve,
+    simulate,
+    train,
+    usage,
+)
 from tightbeam.cli.options import say
 from tightbeam.common.errors import TightbeamError
 
@@ -33,6 +46,7 @@ app = typer.Typer(
 app.command("serve")(serve.serve)
 app.command("train")(train.train)
 app.command("report")(report.report)
+app.command("compare")(compare.compare)
 app.command("doctor")(doctor.doctor)
 app.command("usage")(usage.usage)
 app.command("demo")(demo.demo)

@@ -1,0 +1,28 @@
+"""`tightbeam compare`: one recipe in several modes, side by side."""
+
+from typing import Annotated
+
+import typer
+
+from tightbeam.cli.options import RecipePath, Settings
+
+__all__ = ["compare"]
+
+
+def compare(
+    recipe: RecipePath,
+    modes: Annotated[
+        str, typer.Option(metavar="MODE,...", help="Of local, ushape, freeze, top and side.")
+    ] = "ushape,freeze,top",
+    settings: Settings = None,
+) -> None:
+    """Train the same task in several modes; print and write what each gives and takes."""
+    from tightbeam.common.config import load_recipe
+
+    checked = load_recipe(recipe, settings or [])  # before the slow imports: a typo is told at once
+    from tightbeam.common.costs.comparison import print_comparison
+    from tightbeam.edge.compare import compare as run
+
+    results, page = run(checked, [mode.strip() for mode in modes.split(",") if mode.strip()])
+    print_comparison(results)
+    typer.echo(page)
