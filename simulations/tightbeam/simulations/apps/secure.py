@@ -38,7 +38,7 @@ _MIN_COHORT = 3
 _STATE = "secagg"
 
 
-def identity_of(client: Client) -> Identity:
+def _identity_of(client: Client) -> Identity:
     """The client's own identity.
 
     Raises:
@@ -56,7 +56,7 @@ def identity_of(client: Client) -> Identity:
 
 def certificate_of(client: Client) -> bytes:
     """What the client shows to the others; empty when the federation is not secure."""
-    return identity_of(client).certificate_der if client.scenario.strategy.secure else b""
+    return _identity_of(client).certificate_der if client.scenario.strategy.secure else b""
 
 
 def answer_step(client: Client, context: Context, content: RecordDict) -> bytes:
@@ -85,7 +85,7 @@ def mask_update(
 
 
 def _restored(client: Client, certificates: object, state: object) -> SecAggClient:
-    identity = identity_of(client)
+    identity = _identity_of(client)
     assert isinstance(certificates, list)
     assert isinstance(state, bytes)
     roster = roster_from([one for one in certificates if isinstance(one, bytes)], identity.trust)
