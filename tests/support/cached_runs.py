@@ -1,5 +1,6 @@
 """Runs of the modes that cache, over a cloud in this process; everything that crosses is recorded."""
 
+import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -86,7 +87,7 @@ def train_over(
         act(len(crossing.rows))
 
     def load(recipe: Recipe) -> LoadedModel:
-        run = f"run-{id(crossing)}"
+        run = f"run-{uuid.uuid4().hex}"  # a run name is used once
         names = {
             name: "fp32" if value == "auto" else value for name, value in recipe.codec.model_dump().items()
         }
