@@ -1,6 +1,7 @@
 """Taps are the model's own hidden states, their projection is a whitened PCA, and nothing else is given."""
 
 import hashlib
+import uuid
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -85,7 +86,7 @@ def ask(
     cloud: InProcessCloud, taps: Taps, hidden_ND: Tensor, segments: Segments, codec: str = "fp32"
 ) -> tuple[Answer, StepRow]:
     rows: list[StepRow] = []
-    stepper = cloud.stepper(f"run-{id(rows)}", codec=codec, on_row=rows.append)
+    stepper = cloud.stepper(f"run-{uuid.uuid4().hex}", codec=codec, on_row=rows.append)
     stepper.taps = taps
     answer = stepper.collect(stepper.submit(hidden_ND, segments))
     return answer, rows[0]

@@ -1,6 +1,7 @@
 """Mode `side`: what crosses stays frozen and crosses once, every gradient stays here, and it learns more."""
 
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[In
 
 
 def plain(cloud: InProcessCloud, cut: str = "2:2") -> tuple[PreTrainedModel, Stepper]:
-    stepper = cloud.stepper(f"run-{id(object())}", cut)
+    stepper = cloud.stepper(f"run-{uuid.uuid4().hex}", cut)
     return cloud.load_model(stepper, cut), stepper
 
 

@@ -1,6 +1,8 @@
 """A real cloud process for tests: started, watched, killed and restarted on the same port."""
 
+import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -14,10 +16,16 @@ __all__ = ["CloudProcess", "free_port"]
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that was free a moment ago, below those that outgoing connections take for themselves.
+
+    A cloud that is killed must get its port back: an ephemeral one may meanwhile belong to a client, even to
+    one that is trying to reach it.
+    """
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class CloudProcess:
