@@ -22,7 +22,7 @@ RUN python -m pip install --no-cache-dir -c constraints.txt .
 # Any user may run it, root need not: compose takes the one who owns the mounted certificates and runs.
 RUN mkdir -m 1777 /cache
 ENV HOME=/tmp TIGHTBEAM_CACHE=/cache
-WORKDIR /work
+WORKDIR /srv
 USER 10001:10001
 ENTRYPOINT ["tightbeam"]
 CMD ["--help"]

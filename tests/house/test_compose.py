@@ -102,7 +102,7 @@ def test_the_image_copies_what_is_there_and_ignores_the_rest() -> None:
 def test_the_recipe_and_its_overrides_are_right(name: str) -> None:
     command = services()[name]["command"]
     overrides = [word.removeprefix("--set=") for word in command if word.startswith("--set=")]
-    recipe = load_recipe(ROOT / mounts(services()[name])["/work/recipe.yaml"][0], overrides)
+    recipe = load_recipe(ROOT / mounts(services()[name])["/srv/recipe.yaml"][0], overrides)
     assert recipe.model.cloud == "cloud:50051"
     assert recipe.run_folder.as_posix().startswith("/runs/")
     assert not recipe.model.insecure
