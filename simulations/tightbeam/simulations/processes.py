@@ -1,8 +1,9 @@
 """Processes that end with the one that started them, whatever ends it.
 
 Each child runs in its own session (on Windows: process group), so that Ctrl-C reaches the parent only and the
-parent decides: it asks every child to end, waits, and kills what is left, with what those may have started.
-Output goes to one log file per child, which stays.
+parent decides: it asks every child to end, waits, and kills what is left. What children have started ends
+too, even if it was detached or its parent was killed: it carries a mark in its environment. Output goes to
+one log file per child, which stays.
 """
 
 import contextlib
@@ -11,11 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Self
+
+import psutil
 
 from tightbeam.common.errors import TightbeamError
 
@@ -69,8 +73,15 @@ class Children:
     logs: Path
     grace_s: float = 10.0
     started: list[Child] = field(default_factory=list)
+    mark: str = field(default_factory=lambda: f"TIGHTBEAM_CHILD_{uuid.uuid4().hex}")
 
-    def start(self, name: str, command: Sequence[str], env: Mapping[str, str] | None = None) -> Child:
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Child:
         """Start a process with `env` added to this one's environment."""
         self.logs.mkdir(parents=True, exist_ok=True)
         answer, log = self.logs / f"{name}.out", self.logs / f"{name}.log"
@@ -80,7 +91,8 @@ class Children:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env={**os.environ, **(env or {})},
+                cwd=cwd,
+                env={**os.environ, **(env or {}), self.mark: "1"},
                 start_new_session=True,  # Windows ignores it and reads the flag
                 creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
             )
@@ -98,6 +110,14 @@ class Children:
             yield
             time.sleep(_POLL_S)
 
+    def require_alive(self) -> None:
+        """Raise TightbeamError with the last words of the first child that has ended."""
+        for child in self.started:
+            if child.require_alive_or_done():
+                raise TightbeamError(
+                    f"{child.name} has ended: {child.last_words()}", cure=f"See {child.log}."
+                )
+
     def stop(self) -> None:
         """Ask every process to end, the last one started first; kill what has not after `grace_s`."""
         running = [child.process for child in reversed(self.started) if child.process.poll() is None]
@@ -110,6 +130,22 @@ class Children:
             except subprocess.TimeoutExpired:
                 _kill(process)
                 process.wait()
+        if self.started:
+            self._stop_the_rest(max(deadline - time.monotonic(), 1.0))
+
+    def _stop_the_rest(self, within_s: float) -> None:
+        found = self.alive()
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+        psutil.wait_procs(found, within_s)
+        for process in self.alive():  # with what they started meanwhile
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+    def alive(self) -> list[psutil.Process]:
+        """Give every process that is left, with what they have started: all carry the mark."""
+        return [process for process in psutil.process_iter() if _carries(process, self.mark)]
 
     def __enter__(self) -> Self:
         return self
@@ -120,6 +156,13 @@ class Children:
         self.stop()
         if error is not None:
             print(f"stopped every process; their logs are in {self.logs}", file=sys.stderr)
+
+
+def _carries(process: psutil.Process, mark: str) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and mark in process.environ()
+    except (psutil.Error, OSError):  # it has just ended, or is another user's
+        return False
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
