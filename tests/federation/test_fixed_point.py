@@ -103,3 +103,12 @@ def test_another_rank_does_not_fit_the_layout() -> None:
     layout = Layout.of(random_state(4))
     with pytest.raises(UpdateRefusedError, match=r"ward-7 is refused: .*lora_A.weight .* another shape"):
         layout.flatten(random_state(8), "ward-7")
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_no_number_is_named_before_anybody_masks_it(wrong: float) -> None:
+    state = random_state(4)
+    layout, name = Layout.of(state), sorted(state)[1]
+    state[name].flat[3] = wrong
+    with pytest.raises(UpdateRefusedError, match=f"ward-7 is refused: {name} holds NaN or infinite values"):
+        layout.flatten(state, "ward-7")

@@ -127,6 +127,20 @@ KINDS: dict[str, tuple[type[Message], type[Message]]] = {
 }
 
 
+def test_a_message_that_has_no_form_cannot_be_made() -> None:
+    class Formless(Message):
+        kind = "formless"
+
+    with pytest.raises(TypeError, match="abstract method"):
+        Formless()  # type: ignore[abstract]  # that is the point
+
+
+def test_a_client_knows_the_terms_of_the_round_it_is_in() -> None:
+    trial = Round(make_plan(3))
+    trial.run(until="shares")
+    assert trial.clients[A].plan == trial.plan
+
+
 def recorded() -> Round:
     trial = Round(make_plan(3, size=2))
     trial.run()

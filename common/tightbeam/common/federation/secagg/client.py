@@ -74,6 +74,12 @@ class SecAggClient:
         self._seed = b""
         self._received: list[bytes] = []
 
+    @property
+    def plan(self) -> Plan:
+        """The terms of the round that this client is in."""
+        assert self._received, "there is a plan once `join` was taken"
+        return self._plan
+
     def state(self) -> bytes:
         """Everything that another process needs to go on. Secret: it holds the round's seed."""
         return fields("client state", self.last_round.to_bytes(8, signed=True), self._seed, *self._received)

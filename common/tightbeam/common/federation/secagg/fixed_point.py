@@ -138,7 +138,8 @@ class Layout:
         """Lay the arrays end to end.
 
         Raises:
-            UpdateRefusedError: other names or shapes than the layout's.
+            UpdateRefusedError: other names or shapes than the layout's, NaN or infinity. Under the masks
+                nobody could tell, and one value would spoil the sum for all.
 
         """
         if Layout.of(state) != self:
@@ -147,6 +148,12 @@ class Layout:
                 f"The update of {client} is refused: {differing} is missing, unasked or of another shape.",
                 cure="Secure aggregation adds vectors: all clients need the same adapter config and rank.",
             )
+        for name, _ in self.shapes:
+            if not np.isfinite(state[name]).all():
+                raise UpdateRefusedError(
+                    f"The update of {client} is refused: {name} holds NaN or infinite values.",
+                    cure="Lower the learning rate, or find out what its data hold.",
+                )
         parts = [state[name].astype(np.float64).ravel() for name, _ in self.shapes]
         return np.concatenate(parts) if parts else np.zeros(0)
 

@@ -6,6 +6,7 @@ a name twice is a ProtocolError.
 """
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from struct import error
@@ -46,7 +47,7 @@ def split(data: bytes) -> list[bytes]:
 
 
 @dataclass(frozen=True, slots=True)
-class Message:
+class Message(ABC):
     """Base: bytes are the kind and the fields. Subclasses say how their values become fields, and back."""
 
     kind: ClassVar[str]
@@ -71,12 +72,14 @@ class Message:
         except (ValueError, UnicodeDecodeError, error) as wrong:  # a field too few or many, a bad number
             raise ProtocolError(f"A {cls.__name__} of a secure aggregation is malformed.") from wrong
 
+    @abstractmethod
     def _fields(self) -> list[bytes]:
-        raise NotImplementedError
+        """Values as bytes, in the order that `_parse` reads."""
 
     @classmethod
+    @abstractmethod
     def _parse(cls, values: list[bytes]) -> Self:
-        raise NotImplementedError
+        """Inverse of `_fields`; a ValueError for what it never writes."""
 
 
 def names_of(values: Iterable[bytes]) -> tuple[str, ...]:
