@@ -25,7 +25,7 @@ from tightbeam.edge.cache import inspect_cache
 from tightbeam.edge.checkpoints import latest
 from tightbeam.edge.data import collate, load_examples, split_examples
 from tightbeam.edge.modes.freeze import freeze_step
-from tightbeam.edge.modes.movement import settled
+from tightbeam.edge.modes.settling import settled
 from tightbeam.edge.plan import Plan
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.

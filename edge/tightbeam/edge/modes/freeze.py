@@ -2,7 +2,7 @@
 
 The bottom's adapter stays in place, in evaluation mode. The optimizer is the same object before and after:
 the top's moments go on, the bottom's rest. When it happens is the recipe's `train.freeze_bottom_after`: a
-number of epochs, of steps, or `auto` (see `movement.py`); earlier if else `train.max_mb` would be exceeded.
+number of epochs, of steps, or `auto` (see `settling.py`); earlier if else `train.max_mb` would be exceeded.
 """
 
 import math
@@ -77,14 +77,14 @@ class Freeze(Mode):
     def state(self) -> dict[str, Any]:
         """The phase, since when, and what the bottom was then."""
         if self._phase is None:
-            return {"phase": "training", "distance": self._movement.last}
+            return {"phase": "training", "distance": self._movement.rule.last}
         phase = self._phase
         return {"phase": "frozen", "since_step": phase.start_step, "bottom_sha256": phase.bottom_sha256}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back into the phase of a checkpoint; its bottom must be the one the cache was filled with."""
         if state.get("phase") != "frozen":
-            self._movement.last = state.get("distance")
+            self._movement.rule.last = state.get("distance")
             return
         self._freeze(state["since_step"])
         assert self._phase is not None
