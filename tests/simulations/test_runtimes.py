@@ -10,9 +10,8 @@ import pytest
 from support.federations import Playground
 from tightbeam.common.errors import FederationError, RecipeError, UsageError
 from tightbeam.simulations.apps.settings import Settings
+from tightbeam.simulations.flower import APP_FILES, flower_environment
 from tightbeam.simulations.runtimes import (
-    APP_FILES,
-    flower_environment,
     require_ray,
     run_deployed,
     run_on_ray,

@@ -21,6 +21,7 @@ from tightbeam.cli import (
     data,
     demo,
     doctor,
+    federate,
     report,
     serve,
     simulate,
@@ -55,6 +56,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(cache.app, name="cache")
 app.add_typer(certs.app, name="certs")
 app.add_typer(config.app, name="config")
+app.add_typer(federate.app, name="federate")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,0 +1,231 @@
+"""Flower's own commands, as users type them, with a home of their own and a project without code.
+
+Settings of `flwr`, the project that it submits and the log of its run live in `<experiment>/flower/`, so
+nothing of the user's own is touched. A run that fails raises the error that its ServerApp died of: same
+class, same words, same exit code as in one process.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tightbeam.common import errors
+from tightbeam.common.errors import FederationError, TightbeamError, UsageError
+from tightbeam.common.runs import atomic_write
+from tightbeam.simulations.apps.settings import Settings
+
+__all__ = ["APP_FILES", "ENVIRONMENT", "Flower", "flower_environment", "flower_home", "tool"]
+
+_RUN_S = 86_400.0
+_ASK_S = 5.0  # asking takes `flwr` two seconds of computing
+_WATCH_S = 0.5
+ENVIRONMENT: Mapping[str, str] = {
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    # Else Flower would install each app's dependencies anew, torch with CUDA among them.
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+"""Variables that keep Flower and Ray offline, and the installed packages as they are."""
+_PROJECT = """[build-system]
+requires = ["hatchling"]
+build-backend = "hatchling.build"
+
+[project]
+name = "tightbeam-federation"
+version = "0.1.0"
+description = "Many edges, one adapter: tightbeam's apps for Flower"
+license = "Apache-2.0"
+requires-python = ">=3.11"
+dependencies = ["flwr>=1.41,<1.43"]
+
+[tool.hatch.build.targets.wheel]
+packages = ["."]
+
+[tool.flwr.app]
+publisher = "tightbeam"
+
+[tool.flwr.app.components]
+serverapp = "app.server_app:app"
+clientapp = "app.client_app:app"
+
+[tool.flwr.app.config]
+scenario = ""
+cloud = ""
+identities = ""
+folder = ""
+resume = false
+"""
+_IMPORT = '''"""The {0}'s app."""
+
+from tightbeam.simulations.apps.{0}_app import app
+
+__all__ = ["app"]
+'''
+APP_FILES: Mapping[str, str] = {
+    "pyproject.toml": _PROJECT,
+    "app/__init__.py": '"""The two names that Flower asks a project for."""\n',
+    "app/client_app.py": _IMPORT.format("client"),
+    "app/server_app.py": _IMPORT.format("server"),
+}
+"""A Flower project, by path; examples/flower_app is the same, with comments."""
+_ENDED = re.compile(r"\btightbeam\.common\.errors\.(\w+): (.*)")
+_ANY_ERROR = re.compile(r"^\s*([\w.]*(?:Error|Exception)\b.*:.*)$", re.M)
+
+
+@dataclass(frozen=True, slots=True)
+class Flower:
+    """The `flwr` command with its own home; `connection` names the SuperLink in that home's settings."""
+
+    home: Path
+    connection: str
+
+    @classmethod
+    def prepare(cls, home: Path, connection: str, address: str, ca: Path | None = None) -> "Flower":
+        """Write settings and project; `:local:` as address is a SuperLink that `flwr` starts itself."""
+        for name, text in APP_FILES.items():
+            atomic_write(home / "project" / name, text)
+        trust = "" if ca is None else f"root-certificates = {json.dumps(str(ca.absolute()))}\n"
+        section = f'[superlink.{connection}]\naddress = "{address}"\n{trust}'
+        atomic_write(home / "config.toml", f'[superlink]\ndefault = "{connection}"\n\n{section}')
+        return cls(home.absolute(), connection)
+
+    def call(self, *words: str) -> str:
+        """Run it; what it printed.
+
+        Raises:
+            FederationError: it failed.
+
+        """
+        done = subprocess.run(  # noqa: S603  our own words
+            [tool("flwr"), *words],
+            cwd=self.home / "project",
+            env=flower_environment(self.home),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            said = " ".join((done.stdout + done.stderr).split())[-400:]
+            raise FederationError(
+                f"`flwr {words[0]}` ended with code {done.returncode}: {said}", cure=f"See {self.home}."
+            )
+        return done.stdout
+
+    def register(self, roster: Path) -> list[str]:
+        """Admit the nodes whose public keys are in `roster`; the names of those that were not known yet.
+
+        Raises:
+            UsageError: there are no keys.
+            FederationError: the SuperLink does not answer, or refuses a key.
+
+        """
+        keys = sorted(roster.glob("*.pub"))
+        if not keys:
+            raise UsageError(f"{roster} holds no *.pub.", cure="Make keys with `tightbeam certs federation`.")
+        admitted = []
+        for key in keys:
+            try:
+                self.call("supernode", "register", str(key.absolute()), self.connection, "--name", key.stem)
+            except FederationError as error:
+                if "already in use" not in error.message:
+                    raise
+            else:
+                admitted.append(key.stem)
+        return admitted
+
+    def run(self, settings: Settings, *options: str, watch: Callable[[], None] = lambda: None) -> None:
+        """Submit a run and wait for its end; `watch` may raise meanwhile.
+
+        Raises:
+            TightbeamError: what the ServerApp died of.
+            FederationError: it ended otherwise than well, or too late.
+
+        """
+        lines = (f"{key} = {json.dumps(value)}" for key, value in settings.run_config().items())
+        config = self.home / "experiment.toml"
+        atomic_write(config, "\n".join(lines) + "\n")
+        words = ("run", ".", self.connection, "--run-config", str(config), "--format", "json", *options)
+        number = str(_json(self.call(*words))["run-id"])
+        status = self._wait(number, watch)
+        log = self.call("log", number, self.connection, "--show")
+        atomic_write(self.home / "run.log", log)
+        if status != "finished:completed":
+            raise _death(status, log, self.home / "run.log")
+
+    def _wait(self, number: str, watch: Callable[[], None]) -> str:
+        deadline_s = time.monotonic() + _RUN_S
+        while time.monotonic() < deadline_s:
+            try:
+                told = self.call("list", self.connection, "--run-id", number, "--format", "json")
+            except FederationError:
+                watch()  # a SuperLink that has ended says more than `flwr` about one that does not answer
+                raise
+            (run,) = _json(told)["runs"]
+            status = str(run["status"])
+            if status.startswith("finished"):
+                return status
+            ask_s = time.monotonic() + _ASK_S
+            while time.monotonic() < ask_s:
+                watch()
+                time.sleep(_WATCH_S)
+        raise FederationError(f"Flower's run {number} took longer than {_RUN_S:.0f} s.")
+
+
+def flower_home(folder: Path) -> Path:
+    """Where an experiment keeps what Flower needs."""
+    return folder / "flower"
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """Variables that keep Flower offline and in its own folder."""
+    tools = str(Path(sys.executable).parent)
+    path = os.pathsep.join((tools, os.environ.get("PATH", "")))
+    return {**os.environ, **ENVIRONMENT, "FLWR_HOME": str(home), "PATH": path}
+
+
+def tool(name: str) -> str:
+    """Path of one of Flower's commands: beside this Python first, another environment's would run other apps.
+
+    Raises:
+        UsageError: it is not installed.
+
+    """
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise UsageError(
+            f"The command {name} is not installed.", cure='Run `pip install "flwr>=1.41,<1.43"`.'
+        )
+    return found
+
+
+def _death(status: str, log: str, path: Path) -> TightbeamError:
+    """The ServerApp's last error, of our own class if it was one of ours."""
+    cure = f"Flower's log: {path}."
+    ours = _ENDED.findall(log)
+    if ours:
+        name, text = ours[-1]
+        kind = getattr(errors, name, None)
+        if isinstance(kind, type) and issubclass(kind, TightbeamError):
+            return kind(text.strip(), cure=cure)
+    found = _ANY_ERROR.findall(log)
+    last = found[-1].strip() if found else "no error in its log."
+    return FederationError(f"Flower's run ended as {status}: {last}", cure=cure)
+
+
+def _json(text: str) -> dict[str, Sequence[dict[str, object]]]:
+    with contextlib.suppress(ValueError):
+        found: dict[str, Sequence[dict[str, object]]] = json.loads(text[text.index("{") :])
+        return found
+    raise FederationError(f"`flwr` did not answer in JSON but: {text[-200:]!r}.", cure="Check its version.")
