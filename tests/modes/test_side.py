@@ -261,19 +261,6 @@ def test_the_cache_changes_no_bit(cloud: InProcessCloud, tmp_path: Path, codec: 
     assert (cached[2], fetched[2]) == (8, 24)
 
 
-def test_training_ends_without_the_cloud_after_the_first_epoch(folder: Path, tmp_path: Path) -> None:
-    fit = ProjectionOptions(file=tmp_path / "p.safetensors", text=folder / "public.txt", size=4)
-    with InProcessCloud(folder, tmp_path / "cloud", projection=fit) as leaving:
-
-        def refuse_from_now_on(rows: int) -> None:
-            if rows == 8:
-                leaving.service._runner.drain()
-
-        recipe = cached_recipe(tmp_path / "run", mode="side", side=SIDE)
-        result, crossing = train_over(leaving, recipe, act=refuse_from_now_on)
-    assert (result.exit_code, result.optimizer_steps, len(crossing.rows)) == (0, 24, 8)
-
-
 def _weights(run: RunFolder) -> bytes:
     return b"".join((run.adapter / f"{name}.safetensors").read_bytes() for name in ("adapter_model", "side"))
 

@@ -2,8 +2,6 @@
 
 import csv
 import signal
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from support.cached_runs import Crossing, cached_recipe, save_model, train_over
-from support.clouds import CloudProcess
-from support.edge_runs import byte_tokenizer, quiet
+from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.meter import read_ledger
@@ -25,7 +22,6 @@ from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.data import collate, load_examples, split_examples
 from tightbeam.edge.plan import Plan
-from tightbeam.edge.run import run_recipe
 from tightbeam.edge.training import INTERRUPTED
 from tightbeam.proto.backbone_pb2 import FORWARD
 
@@ -309,36 +305,9 @@ def test_an_adapter_below_the_cut_is_refused(cloud: InProcessCloud, tmp_path: Pa
         train_over(cloud, cached_recipe(tmp_path, adapter=adapter))
 
 
-def test_training_ends_without_the_cloud_after_the_first_epoch(folder: Path, tmp_path: Path) -> None:
-    recipe = cached_recipe(tmp_path / "run", data=EVAL, train={"checkpoint_every": 6, "eval_every": 6})
-    with CloudProcess(folder, tmp_path) as process:
-        settings = {"cloud": process.address, "insecure": True}
-        recipe = Recipe.model_validate(recipe.model_dump() | {"model": settings})
-        stopped = subprocess.Popen(
-            [sys.executable, "-c", _KILLER, str(process.process.pid), str(recipe.run_folder / "metrics.csv")]
-        )
-        result = run_recipe(recipe, console=quiet()[0])
-        assert stopped.wait(timeout=30) == 0
-        assert process.process.wait(timeout=30) == -signal.SIGKILL
-        assert process.process.stdout is not None
-        process.process.stdout.close()
-    assert (result.exit_code, result.optimizer_steps) == (0, 18)
-    rows = read_ledger(result.folder.ledger)
-    kinds = [row["row"] for row in rows]
-    assert "step" in kinds
-    assert (
-        "step" not in kinds[kinds.index("optimizer_step") + 6 :]
-    )  # nothing crosses from the second epoch on
-    assert len(evals(result.folder)) == 4
-
-
-_KILLER = """
-import os, signal, sys, time
-deadline = time.monotonic() + 60
-while time.monotonic() < deadline:
-    if os.path.exists(sys.argv[2]) and len(open(sys.argv[2]).readlines()) > 6:
-        os.kill(int(sys.argv[1]), signal.SIGKILL)
-        sys.exit(0)
-    time.sleep(0.005)
-sys.exit(1)
-"""
+def test_training_starts_while_the_cache_fills(cloud: InProcessCloud, tmp_path: Path) -> None:
+    """Also behind a first evaluation, which waits for its own samples and not for all."""
+    result, crossing = train_over(cloud, cached_recipe(tmp_path, data=EVAL, train={"batch_size": 1}))
+    kinds = [row["row"] for row in read_ledger(result.folder.ledger)]
+    assert len(crossing.rows) == 23
+    assert 5 <= kinds[: kinds.index("eval")].count("step") <= 5 + 4  # its own, and the window

@@ -118,17 +118,21 @@ class FrozenPhase:
             self._top = EdgeFlops.from_model(self.job.model)
 
     def _groups(self) -> Iterator[list[Sample]]:
-        """Samples as training first needs them from `start_step` on, then those of the evaluation.
+        """Samples in the order in which they are first needed.
 
-        Two epochs hold every sample once, wherever they start.
+        Two epochs from `start_step` on hold every sample once, wherever they start. A run begins with an
+        evaluation; one that freezes on the way has its next one later.
         """
         plan, size = self.job.plan, self.job.recipe.train.batch_size
+        held = [_samples(self.job.eval[start : start + size]) for start in range(0, len(self.job.eval), size)]
+        if self.start_step == 0:
+            yield from held
         end = min(self.start_step + 2 * plan.steps_per_epoch, plan.total_steps)
         for step in range(self.start_step, end):
             for batch in plan.micro_batches(step):
                 yield _samples(self.job.train[row] for row in batch)
-        for start in range(0, len(self.job.eval), size):
-            yield _samples(self.job.eval[start : start + size])
+        if self.start_step > 0:
+            yield from held
 
 
 def freeze_below(job: Job, parts: FrozenParts) -> str:
