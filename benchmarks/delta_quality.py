@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tightbeam.common.wire.codecs import codec
-from tightbeam.common.wire.delta import KEY_BYTES, DeltaEncoder
+from tightbeam.common.wire.delta import KEY_BYTES, BaseStore, Samples, encode_delta
 
 CODECS = ("int4", "int5", "int8")
-STATE_BYTES = 1 << 32
 BATCH_SIZE, NUM_TOKENS, CUT = 8, 96, 2
 
 
@@ -43,13 +42,15 @@ class Errors:
         return {name: math.sqrt(float(torch.cat(parts).mean())) for name, parts in found.items()}
 
 
-def compare(errors: Errors, encoders: dict[str, DeltaEncoder], hidden_ND: Tensor, first_sample: int) -> None:
+def compare(errors: Errors, stores: dict[str, BaseStore], hidden_ND: Tensor, first_sample: int) -> None:
     """Code one batch in both ways."""
     keys = [(first_sample + index).to_bytes(KEY_BYTES, "little") for index in range(BATCH_SIZE)]
-    for name, encoder in encoders.items():
+    samples = Samples.of(keys, [NUM_TOKENS] * BATCH_SIZE, hidden_ND.shape[1])
+    for name, store in stores.items():
         alone_ND = codec(name).decode(codec(name).encode(hidden_ND), hidden_ND.shape, torch.float32)
         errors.add(name, alone_ND, hidden_ND)
-        _, decoded_ND = encoder.encode(hidden_ND, [NUM_TOKENS] * BATCH_SIZE, keys)
+        _, decoded_ND = encode_delta(name, hidden_ND, store.latest(samples), samples.lengths)
+        store.remember(samples, decoded_ND)
         errors.add(f"delta_{name}", decoded_ND, hidden_ND)
 
 
@@ -58,7 +59,7 @@ def train(model: nn.Module, blocks: nn.ModuleList, ids_ST: Tensor, epochs: int, 
     seen: list[Tensor] = []
     blocks[CUT].register_forward_pre_hook(lambda block, args: seen.append(args[0].detach()))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
-    encoders = {name: DeltaEncoder(name, STATE_BYTES) for name in CODECS}
+    stores = {name: BaseStore() for name in CODECS}
     errors, before, losses = Errors(), dict[int, Tensor](), list[float]()
     for epoch in range(epochs):
         for start in range(0, len(ids_ST), BATCH_SIZE):
@@ -68,7 +69,7 @@ def train(model: nn.Module, blocks: nn.ModuleList, ids_ST: Tensor, epochs: int, 
             if start in before:
                 errors.add("moved", before[start], hidden_ND)
             before[start] = hidden_ND
-            compare(errors, encoders, hidden_ND, start)
+            compare(errors, stores, hidden_ND, start)
             output.loss.backward()
             optimizer.step()
             optimizer.zero_grad()

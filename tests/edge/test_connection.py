@@ -71,7 +71,7 @@ def test_a_cut_that_only_the_edge_believes_in(edge: Cloud) -> None:
     """The cloud checks for itself: a patched edge gets the same refusal."""
     stepper = edge.open_steps("0:2")
     with pytest.raises(CutError, match="1 to 16 bottom blocks, not 0"):
-        stepper._open_channel()
+        stepper._carrier._open_channel()
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from tightbeam.common.errors import (
     StepConflictError,
     StepTooLargeError,
 )
-from tightbeam.edge.stepper import RetryPolicy, Stepper
+from tightbeam.edge.carrier import RetryPolicy
+from tightbeam.edge.stepper import Inputs, Stepper
 
 _SEGMENTS = Segments((4, 3), torch.tensor([0, 1, 2, 3, 0, 1, 2]))
 _QUICK = RetryPolicy(first_wait_s=0.0, longest_wait_s=0.0)
@@ -50,11 +51,11 @@ class Edge:
             run, faults=self.faults, on_row=self.rows.append, on_retry=self.said.append, policy=policy
         )
 
-    def forward(self, hidden_ND: Tensor | None = None, *, keep: bool = True) -> tuple[Tensor, int]:
+    def forward(self, hidden_ND: Tensor | None = None, *, keep: bool = True) -> tuple[Tensor, Inputs]:
         return self.stepper.forward(_hidden() if hidden_ND is None else hidden_ND, _SEGMENTS, keep=keep)
 
-    def backward(self, step: int) -> Tensor:
-        return self.stepper.backward(step, _hidden(1), _hidden(), _SEGMENTS)
+    def backward(self, inputs: Inputs) -> Tensor:
+        return self.stepper.backward(inputs, _hidden(1))
 
     def assert_billed_as_counted(self) -> None:
         (usage,) = self.cloud.ledger.usage("insecure/edge", [self.run])
@@ -110,10 +111,8 @@ def test_a_lost_reply_is_billed_once_and_shows_as_resent(cloud: InProcessCloud) 
 
 def test_a_lost_step_sends_its_inputs_again(cloud: InProcessCloud) -> None:
     edge, twin = Edge(cloud, "lost step", Fault.NONE, Fault.STEP_LOST), Edge(cloud, "lost step twin")
-    twin.forward()
-    expected_ND = twin.backward(0)
-    edge.forward()
-    assert torch.equal(edge.backward(0), expected_ND)
+    expected_ND = twin.backward(twin.forward()[1])
+    assert torch.equal(edge.backward(edge.forward()[1]), expected_ND)
     row, plain = edge.rows[1], twin.rows[1]
     assert row.bytes.payload_up_bytes == 2 * plain.bytes.payload_up_bytes
     assert row.resent_bytes > plain.bytes.wire_up_bytes  # the attempt that was answered UNKNOWN_STEP
@@ -152,8 +151,7 @@ def test_two_edges_with_one_run_do_not_mix(cloud: InProcessCloud) -> None:
     _, step = first.forward()
     with pytest.raises(StepConflictError):
         second.forward(_hidden(5))
-    alone.forward()
-    assert torch.equal(first.backward(step), alone.backward(0))
+    assert torch.equal(first.backward(step), alone.backward(alone.forward()[1]))
     first.assert_billed_as_counted()
 
 
@@ -174,7 +172,7 @@ def test_what_is_not_finite_is_not_sent(cloud: InProcessCloud, value: float) -> 
         edge.forward(bad_ND)
     _, step = edge.forward()
     with pytest.raises(NonFiniteError, match="gradients"):
-        edge.stepper.backward(step, bad_ND, _hidden(), _SEGMENTS)
+        edge.stepper.backward(step, bad_ND)
     assert len(edge.rows) == 1
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tightbeam.cloud.backbone import load_backbone
+from tightbeam.cloud.deltas import CloudDeltas
 from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger
 from tightbeam.cloud.projections import ProjectionOptions
@@ -40,25 +41,23 @@ from tightbeam.common.errors import (
     TightbeamError,
 )
 from tightbeam.common.identity import Role, ephemeral_identity
+from tightbeam.common.wire.delta_header import key_bytes
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
 from tightbeam.common.wire.stepping import SESSION_KEY
+from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel, Exchange
+from tightbeam.edge.deltas import EdgeDeltas
 from tightbeam.edge.split_model import build_split_model
-from tightbeam.edge.stepper import RetryPolicy, Stepper
+from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.weights import BlobStore
 from tightbeam.proto import backbone_pb2 as pb
 
-__all__ = ["Fault", "FaultyChannel", "InProcessChannel", "InProcessCloud", "same_codecs"]
+__all__ = ["Fault", "FaultyChannel", "InProcessChannel", "InProcessCloud"]
 
 T = TypeVar("T")
 _NO_WAIT = RetryPolicy(first_wait_s=0.0, longest_wait_s=0.0, give_up_after_s=20.0)
-
-
-def same_codecs(name: str) -> Codecs:
-    """One codec for every tensor."""
-    return Codecs(**dict.fromkeys(Codecs.model_fields, name))
 
 
 class InProcessCloud:
@@ -73,6 +72,7 @@ class InProcessCloud:
         max_tokens_per_step: int = 4096,
         cut_policy: str = "",
         projection: ProjectionOptions | None = None,
+        delta_bytes: int = 1 << 28,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -97,6 +97,7 @@ class InProcessCloud:
             tls=False,
             max_tokens_per_step=max_tokens_per_step,
             prices=Prices(),
+            delta_bytes=delta_bytes,
         )
         self.address = ""  # of `listen`
         self._server: grpc.aio.Server | None = None
@@ -112,8 +113,7 @@ class InProcessCloud:
 
     def close(self) -> None:
         """Stop everything; the ledger's file stays."""
-        for stepper in self._steppers:
-            stepper.close()
+        self.hang_up()
         if self._server is not None:
             self.run(self._server.stop(0.0))
         self.run(self.service.drain(5.0))
@@ -123,6 +123,11 @@ class InProcessCloud:
         self._loop.close()
         self.ledger.close()
 
+    def hang_up(self) -> None:
+        """End the streams of all steppers so far: one tenant may have 32 at a time."""
+        for stepper in self._steppers:
+            stepper.close()
+
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine on the cloud's event loop, from any other thread."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(timeout=60)
@@ -130,6 +135,11 @@ class InProcessCloud:
     def forget_steps(self) -> None:
         """Lose what is held between forward and backward, as a restart does."""
         self.engine._worker.submit(self.retention.clear).result(timeout=60)
+
+    @property
+    def deltas(self) -> CloudDeltas:
+        """What is remembered of samples."""
+        return self.service._runner._deltas
 
     def listen(self) -> str:
         """Serve gRPC on a free port of loopback, without TLS; gives "host:port"."""
@@ -163,7 +173,8 @@ class InProcessCloud:
         run: str,
         cut: str = "1:2",
         *,
-        codec: str = "fp32",
+        codec: str | Codecs = "fp32",
+        delta_bytes: float = float("inf"),
         faults: "deque[Fault] | None" = None,
         on_row: Callable[[StepRow], None] = lambda row: None,
         policy: RetryPolicy = _NO_WAIT,
@@ -175,10 +186,13 @@ class InProcessCloud:
             channel = self.open_channel(run, cut)
             return channel if faults is None else FaultyChannel(channel, faults, self.forget_steps)
 
+        codecs = Codecs.model_validate(codec)
+        delta = codecs != codecs.alone
         stepper = Stepper(
             run,
             open_channel,
-            same_codecs(codec),
+            codecs,
+            deltas=EdgeDeltas(codecs, run, b"of one edge", delta_bytes) if delta else None,
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             on_row=on_row,
             on_retry=on_retry,
@@ -254,7 +268,7 @@ class InProcessChannel:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            asked = _Asked(header, sum(p.numel() for p in payloads), future)
+            asked = _Asked(header, sum(p.numel() for p in payloads) + key_bytes(header), future)
             self._asked[header.step, header.kind] = asked
             for record in seal_message(header.SerializeToString(), payloads, self._session.sealer):
                 asked.sealed_sizes.append(len(record))

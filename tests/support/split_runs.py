@@ -13,8 +13,8 @@ from torch import Tensor
 from support.edge_runs import byte_tokenizer, tiny_llama
 from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.edge import connect
+from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.connection import Cloud
-from tightbeam.edge.stepper import RetryPolicy
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = ["SplitRun", "save_tiny_model", "split_run"]

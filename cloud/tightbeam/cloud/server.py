@@ -62,6 +62,7 @@ class ServeOptions:
     ledger: Path = Path("ledger.db")
     max_tokens_per_step: int = 65536
     in_flight_bytes: int | None = None  # of steps on their way; None: a quarter of free host memory
+    delta_bytes: int | None = None  # last values of samples, for delta codecs; None: a quarter of free memory
     prices: Prices = field(default_factory=Prices)
     projection: ProjectionOptions | None = None  # taps are offered through it; None: raw only
     max_taps: int = MAX_TAPS  # in one step; 0 hands out none
@@ -88,7 +89,8 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
         budget = options.retention_bytes
         budget = free_memory_bytes(backbone.trunk.device()) // 4 if budget is None else budget
         in_flight = options.in_flight_bytes
-        in_flight = free_memory_bytes(torch.device("cpu")) // 4 if in_flight is None else in_flight
+        quarter = free_memory_bytes(torch.device("cpu")) // 4
+        in_flight = quarter if in_flight is None else in_flight
         retention = Retention(budget, backbone.graph_bytes)
         engine = Engine(backbone.trunk, retention, backbone.dtype, backbone.projections)
         service = BackboneService(
@@ -100,6 +102,7 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
             tls=not options.insecure,
             max_tokens_per_step=options.max_tokens_per_step,
             in_flight_bytes=in_flight,
+            delta_bytes=quarter if options.delta_bytes is None else options.delta_bytes,
             prices=options.prices,
         )
         server = grpc.aio.server(options=_OPTIONS)

@@ -12,6 +12,7 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
+from tightbeam.cloud.deltas import CloudDeltas, DeltaForward
 from tightbeam.cloud.engine import Done, Engine
 from tightbeam.cloud.ledger import Ledger, LedgerEntry
 from tightbeam.cloud.tapping import TapRules
@@ -20,6 +21,7 @@ from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, ProtocolError, StepTooLargeError
 from tightbeam.common.wire.codecs import codec
+from tightbeam.common.wire.delta_header import BASE, key_bytes
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.messages import Message, encode_tensor, sealed_sizes
 from tightbeam.common.wire.stepping import (
@@ -37,8 +39,8 @@ __all__ = ["StepRunner", "receipt"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# what a request may carry; a backward brings its inputs along when the cloud lost them
-_TENSORS = {pb.FORWARD: [[HIDDEN]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
+# what a request may carry; a backward brings its inputs along when the cloud lost them, a forward its bases
+_TENSORS = {pb.FORWARD: [[HIDDEN], [HIDDEN, BASE]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
 _DECODED_ITEM_BYTES = 4  # codecs compute in float32
 
 
@@ -54,9 +56,10 @@ class StepRunner:
         hidden_size: int,
         limits: pb.Limits,
         tap_rules: TapRules,
+        deltas: CloudDeltas,
         tls: bool,
     ) -> None:
-        self._engine, self._ledger, self._pool = engine, ledger, pool
+        self._engine, self._ledger, self._pool, self._deltas = engine, ledger, pool, deltas
         self._hidden_size, self._limits, self._tls = hidden_size, limits, tls
         self._tap_rules = tap_rules
         self._draining = False
@@ -69,6 +72,8 @@ class StepRunner:
         """Free what the steps of a session that ended have left."""
         if not self._draining:
             self._engine.forget_session(session.session_id.hex())
+        # its run may go on in another session; if it does not, what is kept of its samples goes too
+        asyncio.get_running_loop().call_later(self._deltas.idle_s + 1.0, self._deltas.expire)
 
     def require_open(self) -> None:
         """Refuse new work while the cloud shuts down."""
@@ -97,6 +102,7 @@ class StepRunner:
         if any(list(spec.shape) != shape for spec in header.tensors):
             raise ProtocolError(f"The tensors of a step of {num_tokens} tokens must have the shape {shape}.")
         self._admit_positions(header)
+        self._deltas.admit(header)
         taps = self._tap_rules.check(header, span)
         names = [spec.codec for spec in header.tensors] + [header.reply_codec]
         whole = sum(_footprint(name, shape) for name in names)
@@ -127,27 +133,22 @@ class StepRunner:
         header = message.header
         segments = header_segments(header)
         key = (session.session_id.hex(), session.run, header.step)
-        sha256 = await self._in_pool(content_sha256, header, session.cut, message.payloads[0])
+        delta = await self._in_pool(self._deltas.receive, (session.peer, session.run), message)
+        content = message.payloads[0] if delta is None else delta.content
+        sha256 = await self._in_pool(content_sha256, header, session.cut, content)
         if header.kind == pb.FORWARD:
-            hidden_ND = await self._in_pool(message.tensor, HIDDEN)
+            hidden_ND = await self._in_pool(message.tensor, HIDDEN) if delta is None else delta.hidden_ND
             taps = self._tap_rules.check(header, span)
             done = await (
                 self._engine.forward(key, hidden_ND, segments, span, keep=header.keep)
                 if taps is None
                 else self._engine.forward_tapped(hidden_ND, segments, span, taps)
             )
-            name = HIDDEN
         else:
             grad_ND = await self._in_pool(message.tensor, GRADIENT)
             inputs_ND = await self._in_pool(message.tensor, HIDDEN) if message.has(HIDDEN) else None
             done = await self._engine.backward(key, grad_ND, inputs_ND, segments, span)
-            name = GRADIENT
-        seed = rounding_seed(session.run, header.step)
-        results = {name: done.tensor_ND} | {tap_name(block): t for block, t in done.taps.items()}
-        coded = [
-            await self._in_pool(encode_tensor, result, tensor, header.reply_codec, seed)
-            for result, tensor in results.items()
-        ]
+        coded = await self._encode(header, session, done, delta)
         payloads = [payload for _, payload in coded]
         reply = pb.StepReply(
             step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
@@ -159,13 +160,28 @@ class StepRunner:
             reply.billed_before.CopyFrom(receipt(billed.before))
         return reply, payloads
 
+    async def _encode(
+        self, header: pb.StepRequest, session: Session, done: Done, delta: DeltaForward | None
+    ) -> list[tuple[pb.TensorSpec, Tensor]]:
+        """What goes back: the result, and taps that were asked for."""
+        if delta is not None and delta.down is not None:
+            run = session.peer, session.run
+            return [await self._in_pool(self._deltas.answer, run, delta, done.tensor_ND, header.reply_codec)]
+        name = HIDDEN if header.kind == pb.FORWARD else GRADIENT
+        seed = rounding_seed(session.run, header.step)
+        results = {name: done.tensor_ND} | {tap_name(block): t for block, t in done.taps.items()}
+        return [
+            await self._in_pool(encode_tensor, result, tensor, header.reply_codec, seed)
+            for result, tensor in results.items()
+        ]
+
     def _measure(
         self, message: Message[pb.StepRequest], reply: pb.StepReply, payloads: list[Tensor]
     ) -> StepBytes:
         sizes = [payload.numel() for payload in payloads]
         down = sealed_sizes(reply.SerializeToString(), sizes)
         return StepBytes(
-            payload_up_bytes=message.payload_bytes,
+            payload_up_bytes=message.payload_bytes + key_bytes(message.header),
             payload_down_bytes=sum(sizes),
             sealed_up_bytes=sum(message.sealed_sizes),
             sealed_down_bytes=sum(down),

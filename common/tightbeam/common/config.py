@@ -21,6 +21,7 @@ from tightbeam.common.config_yaml import key_lines, parse_mapping, parse_value
 from tightbeam.common.errors import RecipeError, reason
 
 __all__ = [
+    "DELTA",
     "AdapterSection",
     "CacheSection",
     "Codecs",
@@ -37,6 +38,8 @@ __all__ = [
 ]
 
 CODEC_NAME = r"^[a-z][a-z0-9_]*$"
+DELTA = "delta-"  # before a codec's name: what crosses is the difference to the sample's last value
+_ACTIVATIONS = rf"^({DELTA}int[458]|[a-z][a-z0-9_]*)$"
 
 
 class Section(BaseModel):
@@ -74,16 +77,21 @@ class ModelSection(Section):
 class Codecs(Section):
     """Which codec carries each of the four tensors of a step; `auto` changes no bit (see docs/recipes.md)."""
 
-    activations_up: str = Field(default="auto", pattern=CODEC_NAME, description="Bottom to trunk, forward.")
-    activations_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to top, forward.")
+    activations_up: str = Field(default="auto", pattern=_ACTIVATIONS, description="Bottom to trunk, forward.")
+    activations_down: str = Field(default="auto", pattern=_ACTIVATIONS, description="Trunk to top, forward.")
     gradients_up: str = Field(default="auto", pattern=CODEC_NAME, description="Top to trunk, backward.")
     gradients_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to bottom, backward.")
 
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, value: object) -> object:
-        """Accept one name for all four, or `activations` and `gradients` for two each."""
+        """Accept one name for all four, `activations/gradients` or these two as keys for two each."""
+        if isinstance(value, str) and "/" in value:
+            activations, _, gradients = value.partition("/")
+            value = {"activations": activations, "gradients": gradients}
         if isinstance(value, str):
+            if value.startswith(DELTA):
+                raise ValueError(f"{DELTA}codecs are for activations: write {value}/int8s, for example")
             return dict.fromkeys(cls.model_fields, value)
         if not isinstance(value, Mapping):
             return value
@@ -93,6 +101,11 @@ class Codecs(Section):
                 both = full.pop(kind)
                 full = {f"{kind}_up": both, f"{kind}_down": both} | full
         return full
+
+    @property
+    def alone(self) -> "Codecs":
+        """What codes a tensor alone, and what a delta is coded with."""
+        return Codecs(**{tensor: name.removeprefix(DELTA) for tensor, name in self.model_dump().items()})
 
 
 class AdapterSection(Section):
@@ -217,6 +230,11 @@ class CacheSection(Section):
         default=20.0,
         gt=0,
         description="Most disk space, 10^9 bytes; what does not fit crosses in every epoch.",
+    )
+    delta_gb: float = Field(
+        default=2.0,
+        gt=0,
+        description="Most memory for the last values of samples that delta codecs need, 10^9 bytes.",
     )
 
 

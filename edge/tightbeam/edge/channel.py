@@ -26,6 +26,7 @@ from tightbeam.common.errors import (
     ProtocolError,
     TightbeamError,
 )
+from tightbeam.common.wire.delta_header import key_bytes
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
@@ -104,7 +105,8 @@ class GrpcChannel:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            pending = _Pending(header, future, started_s, [], sum(p.numel() for p in payloads), 0.0)
+            payload_bytes = sum(p.numel() for p in payloads) + key_bytes(header)
+            pending = _Pending(header, future, started_s, [], payload_bytes, 0.0)
             self._last_record_s = time.monotonic()
             self._pending[header.step, header.kind] = pending
             for record in _timed(

@@ -12,6 +12,7 @@ from typing import Any, Self
 import grpc
 import torch
 from peft import PeftModel
+from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from tightbeam.common.addresses import is_loopback
@@ -33,10 +34,12 @@ from tightbeam.common.wire.handshake import ClientHandshake, verify_bundle
 from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
 from tightbeam.common.wire.stepping import TENANT_KEY
 from tightbeam.edge.cache.keys import identity_secret
+from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
+from tightbeam.edge.deltas import EdgeDeltas
 from tightbeam.edge.side import add_side, load_side
 from tightbeam.edge.split_model import build_split_model
-from tightbeam.edge.stepper import RetryPolicy, Stepper
+from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.weights import BlobStore, Progress, cache_folder, check_card
 from tightbeam.proto import backbone_pb2 as pb
 from tightbeam.proto.backbone_pb2_grpc import BackboneStub
@@ -175,15 +178,17 @@ class Cloud:
         dtype: str = "auto",
         device: str = "auto",
         local_path: str | Path | None = None,
+        delta_bytes: float = 2e9,
     ) -> PreTrainedModel:
         """A transformers model whose trunk runs in this cloud.
 
         Args:
             cut: "k:m": k blocks at the bottom and m at the top stay here.
-            codec: One for all tensors, or `Codecs`; "auto" changes no bit.
+            codec: One for all tensors, "activations/gradients", or `Codecs`; "auto" changes no bit.
             dtype: Of the weights here; "auto" takes the cloud's.
             device: auto, cpu, cuda or mps.
             local_path: A whole checkpoint of the same fingerprint, to slice instead of downloading.
+            delta_bytes: Most memory here for what delta codecs remember of samples.
 
         Raises:
             CutError: This cloud does not allow the cut.
@@ -195,7 +200,7 @@ class Cloud:
             parsed, card.num_blocks
         )
         as_dtype = choose_dtype(card.dtype if dtype == "auto" else dtype, torch.float32)
-        stepper = self.open_steps(cut, codec=codec, dtype=as_dtype)
+        stepper = self.open_steps(cut, codec=codec, dtype=as_dtype, delta_bytes=delta_bytes)
         return build_split_model(
             card,
             parsed,
@@ -229,17 +234,24 @@ class Cloud:
         load_side(Path(folder), model, self.card)
 
     def open_steps(
-        self, cut: str, *, codec: str | Codecs = "auto", dtype: torch.dtype = torch.float32
+        self,
+        cut: str,
+        *,
+        codec: str | Codecs = "auto",
+        dtype: torch.dtype = torch.float32,
+        delta_bytes: float = 2e9,
     ) -> Stepper:
         """The steps of one more model of this cut, for a trunk that is built already; ends with the cloud.
 
         Simulated edges take turns in one split model: each swaps in its own steps, so that every activation
         crosses in its own session and on its own account.
         """
+        codecs = self._codecs(codec, dtype)
         stepper = Stepper(
             self.run,
             lambda: self._open_stream(cut),
-            self._codecs(codec, dtype),
+            codecs,
+            deltas=self._deltas(codecs, delta_bytes),
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             on_row=self._step_row,
             on_retry=self._on_retry,
@@ -342,14 +354,27 @@ class Cloud:
         self._on_row(row.to_json())
 
     def _codecs(self, codec: str | Codecs, dtype: torch.dtype) -> Codecs:
-        names = dict.fromkeys(Codecs.model_fields, codec) if isinstance(codec, str) else codec.model_dump()
+        names = _parsed(codec).model_dump()
         names = {tensor: lossless(dtype) if name == "auto" else name for tensor, name in names.items()}
-        if missing := set(names.values()) - set(self.card.codecs):
+        codecs = Codecs(**names)
+        if missing := set(codecs.alone.model_dump().values()) - set(self.card.codecs):
             raise UsageError(
                 f"This cloud does not know the codec {missing.pop()!r}.",
                 cure=f"It knows {', '.join(self.card.codecs)}.",
             )
-        return Codecs(**names)
+        if codecs != codecs.alone and not self.card.limits.delta_bytes:
+            raise UsageError(
+                "This cloud has no memory for delta codecs.",
+                cure=f"Use {codecs.alone.activations_up}, or have it served with --delta-bytes.",
+            )
+        return codecs
+
+    def _deltas(self, codecs: Codecs, max_bytes: float) -> EdgeDeltas | None:
+        if codecs == codecs.alone:
+            return None
+        # The cloud keeps two versions of each sample. What does not fit there must not be relied on here.
+        room = min(max_bytes, self.card.limits.delta_bytes / 2)
+        return EdgeDeltas(codecs, self.run, identity_secret(self._identity), room)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return () if self._tls else ((TENANT_KEY, self._identity.name),)
@@ -364,3 +389,14 @@ class Cloud:
         """The backbone's transformers config."""
         values: dict[str, Any] = json.loads(self.card.config_json)
         return values
+
+
+def _parsed(codec: str | Codecs) -> Codecs:
+    if isinstance(codec, Codecs):
+        return codec
+    try:
+        return Codecs.model_validate(codec)
+    except ValidationError as error:
+        raise UsageError(
+            f"{codec!r} names no codecs.", cure="Examples: int8, int4/int8s, delta-int4/int8s."
+        ) from error

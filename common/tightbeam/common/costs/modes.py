@@ -9,6 +9,7 @@ steps and evaluations say how many tokens `ushape` would have moved.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tightbeam.common.config import DELTA
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.costs.schema import Edge, ModeCost, Prediction
 
@@ -22,6 +23,7 @@ _RULES = {
     "top, uncached": "2d per token of every training step and evaluation",
 }
 NUM_TAPS = 8
+_TENSORS = ("activations_up", "activations_down", "gradients_up", "gradients_down")
 TAP_SHARE = 1 / 16
 """Width of a side-tuning tap as a share of the hidden size."""
 
@@ -34,13 +36,20 @@ class TokenBytes:
     activations_down: float
     gradients_up: float
     gradients_down: float
+    per_sequence: float = 0.0
+    """Sample key and digests of a sequence in a training forward, with a delta codec."""
 
     @classmethod
     def of(cls, hidden_size: int, codecs: Mapping[str, str]) -> "TokenBytes":
         """Ask each codec how long a row of `hidden_size` gets; `CodecError` for an unknown one."""
         from tightbeam.common.wire.codecs import codec  # needs torch, which a price table does not
+        from tightbeam.common.wire.delta import CHECK_BYTES, KEY_BYTES
 
-        return cls(**{name: codec(codecs[name]).num_bytes((1, hidden_size)) for name in cls.__slots__})
+        rows = {
+            name: codec(codecs[name].removeprefix(DELTA)).num_bytes((1, hidden_size)) for name in _TENSORS
+        }
+        deltas = sum(codecs[name].startswith(DELTA) for name in _TENSORS)
+        return cls(**rows, per_sequence=KEY_BYTES + deltas * CHECK_BYTES if deltas else 0)
 
     @property
     def forward(self) -> float:
@@ -60,9 +69,11 @@ def predict(
     evaluation_tokens: int,
     measured_payload_bytes: int,
     fill_tokens: int = 0,
+    training_sequences: int = 0,
 ) -> Prediction:
     """Say what so many tokens move, beside what was measured; a cache's cross as an evaluation's do."""
     predicted = row.training * training_tokens + row.forward * (evaluation_tokens + fill_tokens)
+    predicted += row.per_sequence * training_sequences
     return Prediction(
         bytes_per_training_token=row.training,
         bytes_per_evaluation_token=row.forward,

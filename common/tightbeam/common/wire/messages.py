@@ -30,7 +30,15 @@ from tightbeam.common.wire.records import (
 )
 from tightbeam.proto.backbone_pb2 import StepReply, StepRequest, TensorSpec
 
-__all__ = ["Message", "MessageReader", "decode_tensor", "encode_tensor", "seal_message", "sealed_sizes"]
+__all__ = [
+    "Message",
+    "MessageReader",
+    "decode_tensor",
+    "encode_tensor",
+    "seal_message",
+    "sealed_sizes",
+    "tensor_spec",
+]
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_TENSORS = 64
@@ -41,8 +49,12 @@ Header = TypeVar("Header", StepRequest, StepReply)
 
 def encode_tensor(name: str, tensor: Tensor, codec_name: str, seed: int = 0) -> tuple[TensorSpec, Tensor]:
     """A tensor's spec for the header, and its payload (uint8, CPU); `seed` is for stochastic rounding."""
-    spec = TensorSpec(name=name, codec=codec_name, shape=tensor.shape, dtype=_NAMES[tensor.dtype])
-    return spec, codec(codec_name).encode(tensor, seed=seed)
+    return tensor_spec(name, tensor, codec_name), codec(codec_name).encode(tensor, seed=seed)
+
+
+def tensor_spec(name: str, tensor: Tensor, codec_name: str) -> TensorSpec:
+    """What a header says about a tensor."""
+    return TensorSpec(name=name, codec=codec_name, shape=tensor.shape, dtype=_NAMES[tensor.dtype])
 
 
 def decode_tensor(spec: TensorSpec, payload: Tensor) -> Tensor:
@@ -70,9 +82,13 @@ class Message(Generic[Header]):
 
     def tensor(self, name: str) -> Tensor:
         """Decode the tensor of that name; `ProtocolError` when the message has none."""
+        return decode_tensor(*self.coded(name))
+
+    def coded(self, name: str) -> tuple[TensorSpec, Tensor]:
+        """The tensor of that name as it crossed; `ProtocolError` when the message has none."""
         for spec, payload in zip(self.header.tensors, self.payloads, strict=True):
             if spec.name == name:
-                return decode_tensor(spec, payload)
+                return spec, payload
         raise ProtocolError(f"The message lacks the tensor {name!r}.")
 
 

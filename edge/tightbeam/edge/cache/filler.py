@@ -14,7 +14,7 @@ import torch
 from tightbeam.common.backbone import Segments, SegmentTable
 from tightbeam.edge.cache.keys import sample_digest
 from tightbeam.edge.cache.shortcut import TrunkShortcut
-from tightbeam.edge.stepper import Flight
+from tightbeam.edge.carrier import Flight
 
 __all__ = ["Filler", "Sample"]
 

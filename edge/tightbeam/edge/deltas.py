@@ -1,0 +1,121 @@
+"""The edge's end of delta coding: the values that last crossed of each sample, both ways.
+
+The edge leads in both directions: it names the bases, and what it holds is what counts. A cloud that lacks
+one (restarted, or short of memory) gets the step once more with whole values, the very ones that the delta
+stands for, and its bases for the reply. So a loss costs bytes and changes no bit.
+
+N = rows, D = hidden size.
+"""
+
+import hmac
+from dataclasses import dataclass
+
+import torch
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+from torch import Tensor
+
+from tightbeam.common.backbone import Segments
+from tightbeam.common.config import DELTA, Codecs
+from tightbeam.common.wire.delta import (
+    KEY_BYTES,
+    WHOLE,
+    Bases,
+    BaseStore,
+    Samples,
+    decode_delta,
+    encode_delta,
+)
+from tightbeam.common.wire.delta_header import BASE, DeltaHeader
+from tightbeam.common.wire.messages import encode_tensor, tensor_spec
+from tightbeam.common.wire.stepping import HIDDEN
+from tightbeam.edge.cache.keys import sample_digest
+from tightbeam.edge.channel import Exchange
+from tightbeam.edge.jobs import Job
+
+__all__ = ["DeltaStep", "EdgeDeltas"]
+
+
+class EdgeDeltas:
+    """What one run remembers of its samples, bounded in bytes.
+
+    Sample keys are an HMAC over token ids and positions, keyed for this run by the edge's `secret`: the cloud
+    sees that a sample comes again, and cannot find out which text it is by guessing.
+    """
+
+    def __init__(self, codecs: Codecs, run: str, secret: bytes, max_bytes: float) -> None:
+        self._codecs = codecs.alone
+        uses = [name.startswith(DELTA) for name in (codecs.activations_up, codecs.activations_down)]
+        share = max_bytes / max(sum(uses), 1)
+        self._up, self._down = (BaseStore(share) if used else None for used in uses)
+        self._secret = HKDF(SHA256(), 32, None, b"tightbeam delta sample keys 1 " + run.encode()).derive(
+            secret
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """Kept, both directions."""
+        return sum(store.num_bytes for store in (self._up, self._down) if store is not None)
+
+    def clear(self) -> None:
+        """Remember nothing: no sample will come again."""
+        for store in filter(None, (self._up, self._down)):
+            while len(store):
+                store.drop_oldest()
+
+    def begin(self, job: Job, hidden_ND: Tensor, input_ids_N: Tensor) -> "DeltaStep":
+        """Put the tensor of a forward whose backward follows into its request; `NonFiniteError`."""
+        samples = self._samples(job.segments, input_ids_N, hidden_ND.shape[1])
+        up, down = (None if store is None else store.latest(samples) for store in (self._up, self._down))
+        codec = self._codecs.activations_up
+        DeltaHeader.write(job.header, samples, up, down)
+        if up is None or self._up is None:
+            job.add(HIDDEN, hidden_ND, codec)
+            return DeltaStep(samples, None, down, self._down)
+        with job.coding():
+            payload, decoded_ND = encode_delta(codec, hidden_ND, up, samples.lengths)
+            job.put(tensor_spec(HIDDEN, hidden_ND, codec), payload)
+            self._up.remember(samples, decoded_ND)
+        return DeltaStep(samples, decoded_ND, down, self._down)
+
+    def _samples(self, segments: Segments, input_ids_N: Tensor, size: int) -> Samples:
+        ids, positions = input_ids_N.tolist(), segments.positions_N.tolist()
+        digests = [sample_digest(ids[a:b], positions[a:b]) for a, b in segments.bounds]
+        keys = [hmac.digest(self._secret, digest, "sha256")[:KEY_BYTES] for digest in digests]
+        return Samples.of(keys, segments.lengths, size)
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaStep:
+    """One delta-coded forward until it is answered."""
+
+    samples: Samples
+    decoded_ND: Tensor | None  # what the cloud makes of the delta, bfloat16; None: coded alone
+    down: Bases | None
+    store: BaseStore | None  # of what comes down
+
+    def send_whole(self, job: Job) -> None:
+        """Say the same without relying on anything the cloud keeps."""
+        with job.coding():
+            if self.decoded_ND is not None:
+                nothing: Bases = (None,) * len(self.samples.keys)
+                DeltaHeader.write(job.header, self.samples, nothing, self.down)
+                job.clear()
+                job.add(HIDDEN, self.decoded_ND, WHOLE)
+            if self.down is not None and any(self.down):
+                job.put(*encode_tensor(BASE, self._rows_of(self.down), WHOLE))
+
+    def result(self, exchange: Exchange) -> Tensor:
+        """Hidden states after the trunk, `[N, D]`."""
+        if self.down is None or self.store is None:
+            return exchange.reply.tensor(HIDDEN)
+        spec, payload = exchange.reply.coded(HIDDEN)
+        out_ND = decode_delta(spec.codec, payload, self.down, self.samples.lengths, self.samples.size)
+        self.store.remember(self.samples, out_ND)
+        return out_ND
+
+    def _rows_of(self, bases: Bases) -> Tensor:
+        empty = [torch.zeros(n, self.samples.size, dtype=torch.bfloat16) for n in self.samples.lengths]
+        return torch.cat(
+            [rows if base is None else base.rows for rows, base in zip(empty, bases, strict=True)]
+        )

@@ -1,0 +1,115 @@
+"""One step of one kind at the edge: its request until it is answered, and its row in the accounts."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from tightbeam.common.backbone import Segments
+from tightbeam.common.costs.rows import Purpose, StepBytes, StepRow
+from tightbeam.common.errors import NonFiniteError
+from tightbeam.common.wire.messages import encode_tensor
+from tightbeam.common.wire.stepping import KINDS
+from tightbeam.edge.channel import Exchange
+from tightbeam.proto.backbone_pb2 import StepKind, StepReply, StepRequest, TensorSpec
+
+__all__ = ["Job", "finite"]
+
+
+class Job:
+    """A request, what it has taken so far, and what it was for."""
+
+    def __init__(
+        self,
+        kind: StepKind.ValueType,
+        step: int,
+        segments: Segments,
+        *,
+        reply_codec: str,
+        seed: int,
+        keep: bool = False,
+        purpose: Purpose = "",
+    ) -> None:
+        starts, counts = segments.runs()
+        self.kind, self.step, self.segments, self.seed = kind, step, segments, seed
+        self.purpose: Purpose = purpose
+        self.header = StepRequest(
+            step=step,
+            kind=kind,
+            keep=keep,
+            reply_codec=reply_codec,
+            lengths=segments.lengths,
+            run_starts=starts,
+            run_lengths=counts,
+        )
+        self.payloads: list[Tensor] = []
+        self.attempts = 0
+        self.resent_bytes = 0
+        self.codec_s = 0.0
+        self.waited_s: float | None = None  # of a submitted step; others are waited for from start to end
+
+    def add(self, name: str, tensor_ND: Tensor, codec: str) -> None:
+        """Code one tensor into the request."""
+        with self.coding():
+            self.put(*encode_tensor(name, tensor_ND, codec, self.seed))
+
+    def put(self, spec: TensorSpec, payload: Tensor) -> None:
+        """Put a coded tensor into the request."""
+        self.header.tensors.append(spec)
+        self.payloads.append(payload)
+
+    def clear(self) -> None:
+        """Take the tensors out again."""
+        del self.header.tensors[:]
+        self.payloads.clear()
+
+    @contextmanager
+    def coding(self) -> Iterator[None]:
+        """Count what is done inside as the codecs' time."""
+        started_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.codec_s += time.perf_counter() - started_s
+
+    def row(self, run: str, exchange: Exchange) -> StepRow:
+        """The accounts of the finished step.
+
+        What an earlier attempt was billed for counts, the rest is re-sent.
+        """
+        reply: StepReply = exchange.reply.header
+        billed, resent_bytes = exchange.moved, self.resent_bytes
+        if reply.HasField("billed_before"):
+            receipt = reply.billed_before
+            billed = StepBytes(**{field.name: value for field, value in receipt.ListFields()})
+            resent_bytes += exchange.moved.wire_total_bytes
+        return StepRow(
+            run=run,
+            step=self.step,
+            kind=KINDS[self.kind],
+            tokens=self.segments.num_tokens,
+            segments=len(self.segments.lengths),
+            bytes=billed,
+            cloud_flops=reply.flops,
+            codec_s=self.codec_s,
+            seal_s=exchange.seal_s,
+            network_s=max(exchange.wall_s - exchange.seal_s - reply.queue_s - reply.compute_s, 0.0),
+            cloud_queue_s=reply.queue_s,
+            cloud_compute_s=reply.compute_s,
+            resent_bytes=resent_bytes,
+            attempts=self.attempts,
+            time_unix_s=time.time(),
+            purpose=self.purpose,
+            waited_s=self.waited_s,
+        )
+
+
+def finite(tensor_ND: Tensor, what: str) -> Tensor:
+    """The tensor; `NonFiniteError` when it holds NaN or Inf."""
+    if not bool(tensor_ND.isfinite().all()):
+        raise NonFiniteError(
+            f"The {what} at the cut hold NaN or Inf; nothing was sent.",
+            cure="Lower train.lr, clip gradients, or use float32; the last checkpoint is untouched.",
+        )
+    return tensor_ND
