@@ -9,6 +9,7 @@ cost stays in the edges' ledgers and in the cloud's.
 """
 
 import json
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,17 +27,26 @@ from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.budgets import Spent
 from tightbeam.simulations.scenario import Scenario
 
-__all__ = ["Journal", "Row", "State", "moved_bytes"]
+__all__ = ["Journal", "Row", "State", "moved_bytes", "slow_clients"]
 
 Row = dict[str, Any]
 Listener = Callable[[Row], None]
 _KEEP = 2
+_SLOW = 1.5  # times the median of its round
 
 
 def moved_bytes(row: Mapping[str, Any]) -> int:
     """Bytes on all wires of one client's row: steps, adapters, weights."""
     names = ("wire_up_bytes", "wire_down_bytes", "weight_bytes", "adapter_up_bytes", "adapter_down_bytes")
     return sum(int(row.get(name, 0)) for name in names)
+
+
+def slow_clients(took_s: Mapping[str, float]) -> dict[str, float]:
+    """Which of a round's clients took over 1.5 times its median, and how many times; virtual seconds."""
+    if not took_s:
+        return {}
+    usual_s = statistics.median(took_s.values())
+    return {name: took / usual_s for name, took in took_s.items() if took > _SLOW * usual_s}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

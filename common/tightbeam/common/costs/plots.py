@@ -88,6 +88,8 @@ def curves_svg(
             axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=4, label=label)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
+        if all(float(x).is_integer() for points in curves.values() for x, _ in points):
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # no half rounds
         axes.margins(x=0.01)
         axes.grid(axis="y")
         _legend(axes)
@@ -165,7 +167,7 @@ def _canvas(height_inches: float) -> tuple[Figure, Axes]:
 def _legend(axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
-        axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(labels), 4))
+        axes.legend(handles, labels, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=min(len(labels), 5))
 
 
 def _svg(figure: Figure, name: str) -> str:
