@@ -154,7 +154,7 @@ class Composition:
         pattern = rf"(?<![\w./-])(?P<path>{paths})(?=[/\"'\s]|$)"
         pattern += r"|\b(?P<own>0\.0\.0\.0|127\.0\.0\.1|localhost)\b"
         # in front of a port, or where a certificate is made for it
-        pattern += rf"|(?<![\w./-])(?P<peer>{names})(?=:\d)|(?<=-host=)(?P<named>{names})$"
+        pattern += rf"|(?<![\w.-])(?P<peer>{names})(?=:\d)|(?<=-host=)(?P<named>{names})$"
 
         def replace(found: re.Match[str]) -> str:
             if found["path"]:

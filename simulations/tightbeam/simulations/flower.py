@@ -13,12 +13,13 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from tightbeam.common import errors
-from tightbeam.common.errors import FederationError, TightbeamError, UsageError
+from tightbeam.common.errors import CloudUnavailableError, FederationError, TightbeamError, UsageError
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.apps.settings import Settings
 
@@ -89,16 +90,17 @@ class Flower:
 
     home: Path
     connection: str
+    address: str
 
     @classmethod
-    def prepare(cls, home: Path, connection: str, address: str, ca: Path | None = None) -> "Flower":
+    def prepare(cls, home: Path, connection: str, address: str, ca: Path | None = None) -> Self:
         """Write settings and project; `:local:` as address is a SuperLink that `flwr` starts itself."""
         for name, text in APP_FILES.items():
             atomic_write(home / "project" / name, text)
         trust = "" if ca is None else f"root-certificates = {json.dumps(str(ca.absolute()))}\n"
         section = f'[superlink.{connection}]\naddress = "{address}"\n{trust}'
         atomic_write(home / "config.toml", f'[superlink]\ndefault = "{connection}"\n\n{section}')
-        return cls(home.absolute(), connection)
+        return cls(home.absolute(), connection, address)
 
     def call(self, *words: str) -> str:
         """Run it; what it printed.
@@ -122,12 +124,35 @@ class Flower:
             )
         return done.stdout
 
+    def ask(self, *words: str) -> dict[str, Any]:
+        """Run it and read its answer: with a format that is for machines, it ends with code 0 in any case.
+
+        Raises:
+            CloudUnavailableError: the SuperLink does not answer.
+            FederationError: it refused, or something stands between.
+
+        """
+        told = _answer(self.call(*words, "--format", "json"))
+        if told.get("success"):
+            return told
+        said = str(told.get("error-message", "it does not say why"))
+        if "unavailable" in said:
+            raise CloudUnavailableError(
+                f"The SuperLink at {self.address} does not answer.",
+                cure="Check that it runs, and that this machine may reach it.",
+            )
+        cure = f"See {self.home}."
+        if "403 Forbidden" in said:
+            cure = "Speak to the SuperLink itself: a filter lets nodes through, no operator."
+        said = " ".join(line for line in said.splitlines()[1:] if line.strip())  # after whom it spoke to
+        raise FederationError(f"`flwr {words[0]}` failed: {said}", cure=cure)
+
     def register(self, roster: Path) -> list[str]:
         """Admit the nodes whose public keys are in `roster`; the names of those that were not known yet.
 
         Raises:
             UsageError: there are no keys.
-            FederationError: the SuperLink does not answer, or refuses a key.
+            CloudUnavailableError, FederationError: see `ask`.
 
         """
         keys = sorted(roster.glob("*.pub"))
@@ -136,7 +161,7 @@ class Flower:
         admitted = []
         for key in keys:
             try:
-                self.call("supernode", "register", str(key.absolute()), self.connection, "--name", key.stem)
+                self.ask("supernode", "register", str(key.absolute()), self.connection, "--name", key.stem)
             except FederationError as error:
                 if "already in use" not in error.message:
                     raise
@@ -149,14 +174,14 @@ class Flower:
 
         Raises:
             TightbeamError: what the ServerApp died of.
-            FederationError: it ended otherwise than well, or too late.
+            FederationError: it ended otherwise than well, or too late; and as `ask`.
 
         """
         lines = (f"{key} = {json.dumps(value)}" for key, value in settings.run_config().items())
         config = self.home / "experiment.toml"
         atomic_write(config, "\n".join(lines) + "\n")
-        words = ("run", ".", self.connection, "--run-config", str(config), "--format", "json", *options)
-        number = str(_json(self.call(*words))["run-id"])
+        told = self.ask("run", ".", self.connection, "--run-config", str(config), *options)
+        number = str(told["run-id"])
         status = self._wait(number, watch)
         log = self.call("log", number, self.connection, "--show")
         atomic_write(self.home / "run.log", log)
@@ -167,11 +192,10 @@ class Flower:
         deadline_s = time.monotonic() + _RUN_S
         while time.monotonic() < deadline_s:
             try:
-                told = self.call("list", self.connection, "--run-id", number, "--format", "json")
-            except FederationError:
+                (run,) = self.ask("list", self.connection, "--run-id", number)["runs"]
+            except (CloudUnavailableError, FederationError):
                 watch()  # a SuperLink that has ended says more than `flwr` about one that does not answer
                 raise
-            (run,) = _json(told)["runs"]
             status = str(run["status"])
             if status.startswith("finished"):
                 return status
@@ -224,8 +248,8 @@ def _death(status: str, log: str, path: Path) -> TightbeamError:
     return FederationError(f"Flower's run ended as {status}: {last}", cure=cure)
 
 
-def _json(text: str) -> dict[str, Sequence[dict[str, object]]]:
+def _answer(text: str) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
-        found: dict[str, Sequence[dict[str, object]]] = json.loads(text[text.index("{") :])
+        found: dict[str, Any] = json.loads(text[text.index("{") :])
         return found
     raise FederationError(f"`flwr` did not answer in JSON but: {text[-200:]!r}.", cure="Check its version.")
