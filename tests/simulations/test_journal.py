@@ -8,7 +8,7 @@ import pytest
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import RecipeError
-from tightbeam.simulations.journal import Journal, Row, State, moved_bytes
+from tightbeam.simulations.journal import Journal, Row, State, moved_bytes, slow_clients
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
 SCENARIO = scenario_from_mapping({"clients": 2, "rounds": 3})
@@ -102,3 +102,24 @@ def test_spending_is_the_sum_of_a_clients_rows(tmp_path: Path) -> None:
     bill = Prices().bill(wire_bytes=13_800_000, cloud_flops=2 * 10**12, edge_joules=40.0)
     assert spent.money == pytest.approx(bill.total)
     assert journal.spent("client-07").mb == 0
+
+
+def test_groups_in_another_order_are_another_experiment(tmp_path: Path) -> None:
+    groups = {"phones": {"clients": 1, "cut": "2:2"}, "boxes": {"clients": 1, "cut": "1:1"}}
+    one, other = (
+        scenario_from_mapping(
+            {"clients": 2, "rounds": 3, "groups": dict(sorted(groups.items(), reverse=turned))}
+        )
+        for turned in (False, True)
+    )
+    assert [p.options.cut for p in one.profiles()] != [p.options.cut for p in other.profiles()]
+    _begun(tmp_path, one).save(_state(0))
+    assert Journal(tmp_path, one).begin(resume=True) is not None
+    with pytest.raises(RecipeError, match="was started with another groups"):
+        Journal(tmp_path, other).begin(resume=True)
+
+
+def test_slow_is_over_one_and_a_half_times_the_median() -> None:
+    assert slow_clients({}) == {}
+    assert slow_clients({"a": 1.0, "b": 1.5, "c": 1.0}) == {}
+    assert slow_clients({"a": 1.0, "b": 1.6, "c": 1.0, "d": 4.0, "e": 1.0}) == {"b": 1.6, "d": 4.0}

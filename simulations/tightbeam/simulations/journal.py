@@ -140,7 +140,8 @@ class Journal:
         if first is None:
             return
         old, new = first["scenario"], self._scenario.numbers()
-        changed = [key for key in new if old.get(key) != new[key]]
+        # as text: which group comes first decides who is in it
+        changed = [key for key in new if json.dumps(old.get(key)) != json.dumps(new[key])]
         if changed:
             raise RecipeError(
                 f"{self._folder} was started with another {', '.join(changed)}.",
