@@ -3,6 +3,7 @@
 Over in-process channels; service, engine, ledger and sealed records are the real ones.
 """
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -273,6 +274,20 @@ def test_the_cloud_keeps_to_its_bound(tiny_folder: Callable[[str], Path], tmp_pa
 
 def _assert_within(cloud: InProcessCloud, bound: int) -> None:
     assert cloud.deltas.num_bytes <= bound // 2
+
+
+def test_what_a_run_left_goes_when_its_stream_has_ended_for_long(
+    cloud: InProcessCloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge = Edge(cloud)
+    edge.forward(0)
+    assert cloud.deltas.num_bytes > 0
+    monkeypatch.setattr(cloud.deltas, "idle_s", -0.9)  # for long: a tenth of a second
+    edge.stepper.close()
+    until_s = time.monotonic() + 20
+    while cloud.deltas.num_bytes and time.monotonic() < until_s:
+        time.sleep(0.02)
+    assert cloud.deltas.num_bytes == 0
 
 
 def test_a_cloud_without_memory_for_it_refuses(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:

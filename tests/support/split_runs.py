@@ -1,5 +1,6 @@
 """A small split training run over a real cloud, and what it must leave equal whatever happens on the way."""
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,10 +51,15 @@ class SplitRun:
         loss.backward()
         return {n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None}
 
-    def train(self, steps: int) -> dict[str, Tensor]:
-        """A short training; gives the adapter."""
+    def train(
+        self, steps: int, batches: int | None = None, between: Callable[[int], None] = lambda step: None
+    ) -> dict[str, Tensor]:
+        """A short training, over `batches` batches in turn; gives the adapter.
+
+        `between` happens between forward and backward.
+        """
         for step in range(steps):
-            self.gradients(step)
+            self.gradients(step % (batches or steps), functools.partial(between, step))
             self._optimizer.step()
         return {n: p.detach().clone() for n, p in self.model.named_parameters() if p.requires_grad}
 
@@ -95,7 +101,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 @contextmanager
-def split_run(address: str, *, policy: RetryPolicy = QUICK, **options: Any) -> Iterator[SplitRun]:
+def split_run(
+    address: str, *, policy: RetryPolicy = QUICK, codec: str = "auto", **options: Any
+) -> Iterator[SplitRun]:
     """Connect, load the model at cut 1:1 and put a seeded LoRA adapter on it."""
     rows: list[StepRow] = []
     retries: list[str] = []
@@ -108,7 +116,7 @@ def split_run(address: str, *, policy: RetryPolicy = QUICK, **options: Any) -> I
         address, policy=policy, on_row=on_row, on_retry=retries.append,
         **({"insecure": True} | options),
     ) as cloud:  # fmt: skip
-        model = cloud.load_model("1:1")
+        model = cloud.load_model("1:1", codec=codec)
         torch.manual_seed(1)
         config = peft.LoraConfig(
             r=2, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False
