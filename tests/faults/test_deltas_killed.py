@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from support.commands import Cloud, Command, run_command
 from support.edge_runs import write_jsonl
@@ -78,10 +77,6 @@ def test_a_killed_edge_starts_over_with_its_bases(cloud: Cloud, calm: Path, tmp_
     assert "Retrying" not in last.err  # nothing is asked for that the new process does not have
     steps = [row for row in read_ledger(tmp_path / "run" / "ledger.jsonl") if row["row"] == "step"]
     assert all(row["attempts"] == 1 for row in steps)
-    adapters = [
-        load_file(each / "run" / "adapter" / "adapter_model.safetensors") for each in (calm, tmp_path)
-    ]
-    assert adapters[0].keys() == adapters[1].keys()
     losses = [summarise([each / "run"]).edges[0].eval_loss for each in (calm, tmp_path)]
     assert losses[1][-1][1] == pytest.approx(losses[0][-1][1], rel=0.01)
     assert losses[1][-1][1] < losses[1][0][1]
