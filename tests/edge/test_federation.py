@@ -1,6 +1,8 @@
 """What a client does in a round: the adapter it wears, the weights it shares, the steps it takes."""
 
+import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +15,19 @@ from tightbeam.common.errors import NonFiniteError, UpdateRefusedError
 from tightbeam.common.federation import parse_adapter
 from tightbeam.edge.connection import Cloud, connect
 from tightbeam.edge.data import Example, load_examples
-from tightbeam.edge.federation import AdapterShape, Lender, LocalTask, SplitAdapter, held_bytes, pad_id
+from tightbeam.edge.federation import (
+    AdapterShape,
+    CachePlace,
+    Lender,
+    LocalTask,
+    SplitAdapter,
+    Workplace,
+    held_bytes,
+    pad_id,
+)
 
 SHAPE = AdapterShape("1:1", "ushape", 4, 2.0)
+TOP = AdapterShape("2:2", "top", 4, 2.0)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +67,17 @@ def _task(**changes: object) -> LocalTask:
     return LocalTask(**(base | changes))  # type: ignore[arg-type]  # one value per field
 
 
+def _work(cloud: Cloud, lender: Lender, shape: AdapterShape = SHAPE, **changes: object) -> Workplace:
+    base: dict[str, object] = {
+        "lent": lender.lend(cloud, shape, "fp32"),
+        "shape": shape,
+        "fingerprint": cloud.card.fingerprint,
+        "pad_id": pad_id(lender.tokenizer(cloud)),
+        "cache": CachePlace(Path("unused"), None, 0),
+    }
+    return Workplace(**(base | changes))  # type: ignore[arg-type]  # one value per field
+
+
 def _random(adapter: SplitAdapter, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(seed)
     return {n: rng.normal(0, 0.02, shape).astype(np.float32) for n, shape in adapter.layers().items()}
@@ -91,60 +114,60 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(cloud: Cloud, change: s
 def test_training_is_a_function_of_adapter_data_and_seed(
     cloud: Cloud, examples: list[Example], rows: list[StepRow]
 ) -> None:
-    lender = Lender()
-    adapter = lender.lend(cloud, SHAPE, "fp32")
+    work = _work(cloud, Lender())
+    adapter = work.lent
     start, results = _random(adapter, 1), []
     for seed in (0, 0, 1):
         adapter.wear(start)
         rows.clear()
-        work = adapter.train(examples, _task(order_seed=seed), pad_id(lender.tokenizer(cloud)), rows)
+        done = work.train(examples, _task(order_seed=seed), rows)
         results.append(adapter.arrays())
     assert all(np.array_equal(results[0][name], results[1][name]) for name in start)
     assert any(not np.array_equal(results[0][name], results[2][name]) for name in start)
-    assert work.steps == 3
-    assert [row.kind for row in work.rows] == ["forward", "backward"] * 3
-    assert work.tokens == sum(row.tokens for row in work.rows if row.kind == "forward")
-    assert work.tokens == adapter.plan_tokens(examples, _task(order_seed=1))
-    assert work.edge_flops == adapter.planned_flops(examples, _task(order_seed=1))
-    assert work.moved.wire_total_bytes == sum(row.bytes.wire_total_bytes for row in rows) > 0
-    assert 0 < work.edge_s < work.wall_s
+    assert done.steps == 3
+    assert [row.kind for row in done.rows] == ["forward", "backward"] * 3
+    assert done.tokens == sum(row.tokens for row in done.rows if row.kind == "forward")
+    assert done.tokens == work.plan_tokens(examples, _task(order_seed=1))
+    assert done.edge_flops == work.planned_flops(examples, _task(order_seed=1))
+    assert done.moved.wire_total_bytes == sum(row.bytes.wire_total_bytes for row in rows) > 0
+    assert 0 < done.edge_s < done.wall_s
 
 
 def test_rounds_go_on_where_the_last_one_stopped(cloud: Cloud, examples: list[Example]) -> None:
     """Two rounds of two steps see the batches of one round of four."""
-    lender = Lender()
-    adapter = lender.lend(cloud, SHAPE, "fp32")
-    start, pad = _random(adapter, 1), pad_id(lender.tokenizer(cloud))
+    work = _work(cloud, Lender())
+    adapter = work.lent
+    start = _random(adapter, 1)
     sgd = {"optimizer": "sgd", "lr": 0.1, "max_grad_norm": 0}
     adapter.wear(start)
-    adapter.train(examples, _task(steps=4, **sgd), pad, [])
+    work.train(examples, _task(steps=4, **sgd), [])
     at_once = adapter.arrays()
     adapter.wear(start)
     for first in (0, 2):
-        adapter.train(examples, _task(steps=2, first_step=first, **sgd), pad, [])
+        work.train(examples, _task(steps=2, first_step=first, **sgd), [])
     assert all(np.array_equal(at_once[name], array) for name, array in adapter.arrays().items())
 
 
 def test_only_b_leaves_a_alone(cloud: Cloud, examples: list[Example]) -> None:
-    lender = Lender()
-    adapter = lender.lend(cloud, SHAPE, "fp32")
+    work = _work(cloud, Lender())
+    adapter = work.lent
     start = _random(adapter, 1)
     adapter.wear(start)
-    both = adapter.planned_flops(examples, _task())
-    adapter.train(examples, _task(only_B=True), pad_id(lender.tokenizer(cloud)), [])
+    both = work.planned_flops(examples, _task())
+    work.train(examples, _task(only_B=True), [])
     after = adapter.arrays()
     assert all(np.array_equal(after[name], start[name]) for name in start if ".lora_A." in name)
     assert all(not np.array_equal(after[name], start[name]) for name in start if ".lora_B." in name)
-    assert adapter.planned_flops(examples, _task()) < both, "frozen factors need no weight gradient"
+    assert work.planned_flops(examples, _task(only_B=True)) < both, "frozen factors need no weight gradient"
 
 
 def test_a_loss_that_is_not_finite_ends_the_round(cloud: Cloud, examples: list[Example]) -> None:
-    lender = Lender()
-    adapter = lender.lend(cloud, SHAPE, "fp32")
+    work = _work(cloud, Lender())
+    adapter = work.lent
     adapter.wear(_random(adapter, 1))
     task = _task(lr=1e30, optimizer="sgd", max_grad_norm=0, steps=4)
     with pytest.raises(NonFiniteError):
-        adapter.train(examples, task, pad_id(lender.tokenizer(cloud)), [])
+        work.train(examples, task, [])
 
 
 def test_models_of_all_shapes_share_one_copy_of_the_weights(cloud: Cloud) -> None:
@@ -163,14 +186,13 @@ def test_models_of_all_shapes_share_one_copy_of_the_weights(cloud: Cloud) -> Non
 
 def test_what_is_folded_is_felt_and_taken_out_again(cloud: Cloud, examples: list[Example]) -> None:
     """Folding delta W equals wearing it, and leaves no trace for the next client."""
-    lender = Lender()
-    adapter = lender.lend(cloud, SHAPE, "fp32")
-    pad = pad_id(lender.tokenizer(cloud))
+    work = _work(cloud, Lender())
+    adapter = work.lent
     blank = {name: np.zeros_like(array) for name, array in _random(adapter, 1).items()}
     learned = _random(adapter, 2)
 
     def loss() -> float:
-        return adapter.evaluate(examples, 4, pad, []).loss
+        return work.evaluate(examples, 4, []).loss
 
     adapter.wear(blank)
     untouched = loss()
@@ -188,26 +210,83 @@ def test_what_is_folded_is_felt_and_taken_out_again(cloud: Cloud, examples: list
 def test_in_mode_top_the_bottom_has_no_adapter_and_nothing_comes_back(
     cloud: Cloud, examples: list[Example], rows: list[StepRow]
 ) -> None:
-    lender = Lender()
-    adapter = lender.lend(cloud, AdapterShape("2:2", "top", 4, 2.0), "fp32")
-    blocks = {name.split(".layers.")[1].split(".")[0] for name in adapter.layers()}
+    work = _work(cloud, Lender(), TOP)
+    blocks = {name.split(".layers.")[1].split(".")[0] for name in work.lent.layers()}
     assert blocks == {"4", "5"}
-    adapter.wear(_random(adapter, 1))
-    work = adapter.train(examples, _task(), pad_id(lender.tokenizer(cloud)), rows)
-    assert [row.kind for row in work.rows] == ["forward"] * 3
+    assert not work.lent.below
+    work.lent.wear(_random(work.lent, 1))
+    done = work.train(examples, _task(), rows)
+    assert [row.kind for row in done.rows] == ["forward"] * 3
+
+
+@pytest.mark.parametrize("shape", ["top", "frozen"])
+def test_a_cache_makes_every_text_cross_once_and_changes_no_bit(
+    cloud: Cloud, examples: list[Example], rows: list[StepRow], tmp_path: Path, shape: str
+) -> None:
+    """Twelve examples, three steps a round: after four rounds each was seen four times."""
+    lender, results = Lender(), []
+    for max_gb in (0.0, 1.0):
+        rows.clear()
+        how = TOP if shape == "top" else SHAPE
+        place = CachePlace(tmp_path / "cache", None, max_gb)
+        work = _work(cloud, lender, how, cache=place, frozen=shape == "frozen")
+        work.lent.wear(_random(work.lent, 1))
+        crossed = []
+        for first in (0, 3, 6, 9):
+            task, before = _task(first_step=first, steps=3), len(rows)
+            planned = work.plan_tokens(examples, task), work.planned_flops(examples, task)
+            done = work.train(examples, task, [])
+            assert done.edge_flops == planned[1]
+            crossed.append(sum(row.tokens for row in rows[before:]))
+            assert crossed[-1] == planned[0]
+        everything = sum(len(e.input_ids) for e in examples)
+        assert crossed == ([everything, 0, 0, 0] if max_gb else [everything] * 4)
+        loss = [work.evaluate(examples, 5, []).loss for _ in range(2)]
+        results.append((work.lent.arrays(), loss))
+    assert results[0][1] == results[1][1]
+    assert all(np.array_equal(results[0][0][name], array) for name, array in results[1][0].items())
+
+
+def test_only_what_is_missing_crosses(
+    cloud: Cloud, examples: list[Example], rows: list[StepRow], tmp_path: Path
+) -> None:
+    """A client that was not sampled in between meets batches of which it holds a part."""
+    work = _work(cloud, Lender(), TOP, cache=CachePlace(tmp_path / "cache", None, 1.0))
+    work.lent.wear(_random(work.lent, 1))
+    work.train(examples, _task(steps=1), [])
+    assert rows[0].segments == 4
+    work.train(examples, _task(first_step=3, steps=3), [])
+    assert sum(row.segments for row in rows) == 12
+
+
+def test_a_frozen_bottom_stays_and_the_top_learns(cloud: Cloud, examples: list[Example]) -> None:
+    work = _work(cloud, Lender(), frozen=True)
+    start = _random(work.lent, 1)
+    work.lent.wear(start)
+    work.train(examples, _task(), [])
+    after = work.lent.arrays()
+    assert work.lent.below
+    assert all(np.array_equal(after[name], start[name]) == (name in work.lent.below) for name in start)
+
+
+def test_what_is_shared_follows_the_cut(cloud: Cloud) -> None:
+    lent = Lender().lend(cloud, AdapterShape("2:1", "ushape", 4, 2.0), "fp32")
+    assert {name.split(".layers.")[1].split(".")[0] for name in lent.below} == {"0", "1"}
+    assert lent.shared("all") == lent.layers().keys()
+    assert lent.shared("top") == lent.layers().keys() - lent.below
+    assert lent.shared("none") == set()
 
 
 def test_evaluation_is_the_mean_over_learned_tokens(cloud: Cloud, examples: list[Example]) -> None:
-    lender = Lender()
-    adapter = lender.lend(cloud, SHAPE, "fp32")
+    work = _work(cloud, Lender())
+    adapter = work.lent
     adapter.wear(_random(adapter, 1))
-    pad = pad_id(lender.tokenizer(cloud))
-    whole = adapter.evaluate(examples, 64, pad, [])
-    parts = [adapter.evaluate([example], 1, pad, []) for example in examples]
+    whole = work.evaluate(examples, 64, [])
+    parts = [work.evaluate([example], 1, []) for example in examples]
     by_hand = sum(part.loss * part.learned_tokens for part in parts) / sum(p.learned_tokens for p in parts)
     assert whole.loss == pytest.approx(by_hand, rel=1e-5)
     assert whole.learned_tokens == sum(example.num_learned for example in examples)
-    assert adapter.evaluate(examples, 5, pad, []).loss == pytest.approx(whole.loss, rel=1e-5)
+    assert work.evaluate(examples, 5, []).loss == pytest.approx(whole.loss, rel=1e-5)
 
 
 def test_held_bytes_are_what_is_fetched(cloud: Cloud) -> None:
@@ -220,6 +299,6 @@ def test_held_bytes_are_what_is_fetched(cloud: Cloud) -> None:
 
 def test_memory_counts_weights_gradients_and_optimizer(cloud: Cloud) -> None:
     adapter = Lender().lend(cloud, SHAPE, "fp32")
-    lora = sum(4 * a * b for a, b in adapter.layers().values())
+    lora = sum(4 * math.prod(shape) for shape in adapter.layers().values())
     assert adapter.training_bytes("adamw") - adapter.weight_bytes == 3 * lora
     assert adapter.training_bytes("sgd") - adapter.weight_bytes == lora

@@ -7,6 +7,7 @@ import pytest
 
 from support.federations import Playground, save_backbone
 from support.in_process import InProcessCloud
+from tightbeam.cloud.projections import ProjectionOptions
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +17,11 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def federation_cloud(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    with InProcessCloud(backbone, tmp_path_factory.mktemp("federated-cloud")) as cloud:
+    folder = tmp_path_factory.mktemp("federated-cloud")
+    text = folder / "public.txt"
+    text.write_text("Sums are taught in school, and some are harder than others. " * 40, encoding="utf-8")
+    projection = ProjectionOptions(file=folder / "projection.safetensors", text=text, size=4)
+    with InProcessCloud(backbone, folder, projection=projection) as cloud:
         cloud.listen()
         yield cloud
 

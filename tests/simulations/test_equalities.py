@@ -1,17 +1,11 @@
 """A federation against what it must equal: central training, itself, and the model that PEFT opens."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import peft
 import pytest
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from support.edge_runs import byte_tokenizer
@@ -85,31 +79,13 @@ def test_killed_and_resumed_equals_uninterrupted(playground: Playground, strateg
     whole = playground.scenario(rounds=3, strategy=strategy)
     cut_off = playground.scenario(rounds=3, strategy=strategy)
     playground.run(whole)
-    _run_and_kill(cut_off)
+    playground.run_and_kill(cut_off)
     assert not (cut_off.folder / "report.html").exists()
     playground.run(cut_off, resume=True)
     left, right = playground.state(whole), playground.state(cut_off)
     assert left.keys() == right.keys()
     assert all(np.array_equal(left[name], right[name]) for name in left)
     assert [row["round"] for row in playground.rows(cut_off, "round")] == [1, 2, 3]
-
-
-def _run_and_kill(scenario: Scenario) -> None:
-    """SIGKILL as soon as the first round is complete."""
-    path = scenario.folder.with_suffix(".yaml")
-    path.write_text(yaml.safe_dump(scenario.model_dump(mode="json")), encoding="utf-8")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "tightbeam.cli", "simulate", str(path)],
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    deadline = time.monotonic() + 240
-    while not (scenario.folder / "state" / "round-1.json").exists():
-        assert process.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 @pytest.mark.parametrize("name", ["fedit", "flora"])

@@ -43,7 +43,7 @@ def test_a_step_pays_a_round_trip_its_bytes_and_the_clouds_work() -> None:
 
 def _plan(**changes: float) -> Plan:
     base = {"tokens": 1000, "hidden_size": 100, "adapter_bytes": 0, "joules": 10.0, "cloud_flops": 0}
-    return Plan(**(base | changes), dtype="float32", gradients=True)  # type: ignore[arg-type]  # numbers
+    return Plan(**({"gradients": True} | base | changes), dtype="float32")  # type: ignore[arg-type]  # numbers
 
 
 def test_the_first_codec_that_fits_is_taken() -> None:
@@ -51,28 +51,47 @@ def test_the_first_codec_that_fits_is_taken() -> None:
     # fp32: 1000 tokens x 4 rows x 400 bytes = 1.6 MB; bf16 0.8 MB; int8 0.416 MB, and 2 % for framing
     for limit, expected in ((2.0, "auto"), (1.0, "bf16"), (0.5, "int8")):
         options = ClientSection(budget=Budget(mb=limit, degrade=["bf16", "int8"]))
-        codecs, _ = choose_codec(options, _plan(), nothing)
+        codecs, _ = choose_codec(options, lambda codecs: _plan(), nothing)
         assert codecs is not None
         assert codec_text(codecs) == expected
-    codecs, refusal = choose_codec(ClientSection(budget=Budget(mb=0.4)), _plan(), nothing)
+    codecs, refusal = choose_codec(ClientSection(budget=Budget(mb=0.4)), lambda codecs: _plan(), nothing)
     assert codecs is None
     assert refusal == "1.63 of 0.4 MB"
 
 
 def test_what_was_spent_counts_and_so_do_joules_and_money() -> None:
     tight = ClientSection(budget=Budget(mb=2.0))
-    assert choose_codec(tight, _plan(), Spent(0.5, 0, 0))[0] is None
+    assert choose_codec(tight, lambda codecs: _plan(), Spent(0.5, 0, 0))[0] is None
     joules = ClientSection(budget=Budget(joules=15))
-    assert choose_codec(joules, _plan(), Spent(0, 0, 0))[0] == Codecs()
-    assert choose_codec(joules, _plan(), Spent(0, 6, 0)) == (None, "16 of 15 J")
+    assert choose_codec(joules, lambda codecs: _plan(), Spent(0, 0, 0))[0] == Codecs()
+    assert choose_codec(joules, lambda codecs: _plan(), Spent(0, 6, 0)) == (None, "16 of 15 J")
     money = ClientSection(budget=Budget(money=0.01))
-    assert choose_codec(money, _plan(cloud_flops=10**15), Spent(0, 0, 0))[0] == Codecs()
-    assert choose_codec(money, _plan(cloud_flops=3 * 10**15), Spent(0, 0, 0))[0] is None
+    assert choose_codec(money, lambda codecs: _plan(cloud_flops=10**15), Spent(0, 0, 0))[0] == Codecs()
+    assert choose_codec(money, lambda codecs: _plan(cloud_flops=3 * 10**15), Spent(0, 0, 0))[0] is None
 
 
 def test_no_budget_is_no_limit() -> None:
-    assert choose_codec(ClientSection(), _plan(), Spent(1e9, 1e9, 1e9))[0] == Codecs()
+    assert choose_codec(ClientSection(), lambda codecs: _plan(), Spent(1e9, 1e9, 1e9))[0] == Codecs()
 
 
 def test_codecs_that_differ_are_all_named() -> None:
     assert codec_text(Codecs(activations_up="int8")) == "int8/auto/auto/auto"
+
+
+def test_what_is_cached_in_the_own_codec_beats_a_smaller_one() -> None:
+    """The cache holds everything in the client's own codec, so int8 would make all of it cross again."""
+    options = ClientSection(budget=Budget(mb=0.1, degrade=["int8"]))
+    held = Codecs()
+
+    def plan_for(codecs: Codecs) -> Plan:
+        return _plan(tokens=0 if codecs == held else 1000)
+
+    assert choose_codec(options, plan_for, Spent(0.05, 0, 0)) == (held, "")
+    assert choose_codec(options, lambda codecs: _plan(), Spent(0.05, 0, 0))[0] is None
+
+
+def test_taps_come_down_with_the_answer() -> None:
+    """A forward of 1000 tokens: 100 elements up and down; with four taps of 10 elements 40 more down."""
+    plain, tapped = (_plan(gradients=False, taps=taps, tap_size=10) for taps in (0, 4))
+    assert plain.wire_bytes(Codecs()) == pytest.approx(1000 * 2 * 400 * 1.02)
+    assert tapped.wire_bytes(Codecs()) - plain.wire_bytes(Codecs()) == pytest.approx(1000 * 4 * 40 * 1.02)

@@ -15,7 +15,7 @@ from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import load_scenario
 
 SCENARIOS = sorted((Path(experiment.__file__).parent / "scenarios").glob("*.yaml"))
-CUTS = {"4:4": "1:1", "2:2": "1:1", "8:8": "2:2", "1:4": "1:1"}
+CUTS = {"4:4": "1:1", "2:2": "1:1", "8:8": "2:2", "1:4": "1:1", "1:8": "1:2"}
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
@@ -31,6 +31,7 @@ def test_scenario(path: Path, backbone: Path, tmp_path: Path) -> None:
         f"output.dir={tmp_path}",
         f"client.cut={CUTS[scenario.client.cut]}",
         *(f"groups.{n}.cut={CUTS[g.cut]}" for n, g in scenario.groups.items() if g.cut),
+        *(["client.side={taps: 2, width: 8, heads: 2}"] if scenario.client.mode == "side" else []),
         *(f"groups.{n}.budget.mb=0.5" for n, g in scenario.groups.items() if g.budget),
     ]
     small = load_scenario(path, changes)

@@ -2,11 +2,17 @@
 
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from flwr.app import Context, Message
 from numpy.typing import NDArray
 from rich.console import Console
@@ -79,6 +85,24 @@ class Playground:
         text = io.StringIO()
         run_apps(scenario, self.address, None, console=Console(file=text, width=300), client_app=client)
         return text.getvalue()
+
+    @staticmethod
+    def run_and_kill(scenario: Scenario, after: str = "state/round-1.json") -> None:
+        """Run it in a process of its own; SIGKILL as soon as it has written `after`."""
+        path = scenario.folder.with_suffix(".yaml")
+        path.write_text(yaml.safe_dump(scenario.model_dump(mode="json")), encoding="utf-8")
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tightbeam.cli", "simulate", str(path)],
+            stderr=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        deadline = time.monotonic() + 240
+        while not (scenario.folder / after).exists():
+            assert process.poll() is None, "it ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
 
     @staticmethod
     def rows(scenario: Scenario, kind: str) -> list[dict[str, Any]]:

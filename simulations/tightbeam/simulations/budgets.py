@@ -1,5 +1,6 @@
 """Whether a client can still afford a round, and with which codec."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,7 +8,7 @@ import torch
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.modes import TokenBytes
 from tightbeam.common.costs.prices import Prices
-from tightbeam.common.wire.codecs import lossless
+from tightbeam.common.wire.codecs import codec, lossless
 from tightbeam.simulations.scenario import ClientSection
 
 __all__ = ["Plan", "Spent", "choose_codec", "codec_text"]
@@ -26,28 +27,39 @@ class Spent:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What the next round will take, known before it begins."""
+    """What the next round will take with one codec, known before it begins."""
 
-    tokens: int
+    tokens: int  # that cross: a cache keeps some of them here
     hidden_size: int
     dtype: str  # of the cloud's blocks
     gradients: bool  # whether gradients cross
     adapter_bytes: int  # both directions
     joules: float  # at the edge
     cloud_flops: int
+    taps: int = 0  # inner hidden states that come down beside the answer, each `tap_size` wide
+    tap_size: int = 0
 
     def wire_bytes(self, codecs: Codecs) -> float:
         """Bytes on all wires."""
         exact = lossless(getattr(torch, self.dtype))
         names = {t: exact if name == "auto" else name for t, name in codecs.model_dump().items()}
         row = TokenBytes.of(self.hidden_size, names)
-        return self.tokens * (row.training if self.gradients else row.forward) * _FRAMING + self.adapter_bytes
+        per_token: float = row.training if self.gradients else row.forward
+        if self.taps:
+            per_token += self.taps * codec(names["activations_down"]).num_bytes((1, self.tap_size))
+        return self.tokens * per_token * _FRAMING + self.adapter_bytes
 
 
-def choose_codec(options: ClientSection, plan: Plan, spent: Spent) -> tuple[Codecs | None, str]:
-    """The first codec that the budget allows, and why the one before it was refused; none if none does."""
+def choose_codec(
+    options: ClientSection, plan_for: Callable[[Codecs], Plan], spent: Spent
+) -> tuple[Codecs | None, str]:
+    """The first codec that the budget allows, and why the one before it was refused; none if none does.
+
+    What a cache holds, it holds in one codec: with another everything crosses again. So each has its plan.
+    """
     refusal = ""
     for codecs in (options.codec, *(Codecs.model_validate(name) for name in options.budget.degrade)):
+        plan = plan_for(codecs)
         moved = plan.wire_bytes(codecs)
         bill = Prices().bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
         over = options.budget.exceeded_by(

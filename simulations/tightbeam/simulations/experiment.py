@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 Runtime = Literal["in-process", "ray", "deployed"]
 _FLOWER = ((1, 41), (1, 43))  # from, below
 _READY_S = 180.0
+_MANUAL_CHARS = 50_000  # some 13,000 tokens: seconds to fit, and plenty for a few dozen directions
 
 
 def run_scenario(
@@ -158,10 +159,25 @@ def _cloud(scenario: Scenario, folder: Path, console: Console) -> Iterator[tuple
             model,
         ]
         command += ["--identity", str(folder / "certs" / "cloud"), "--ledger", str(folder / "cloud.db")]
+        command += _projection(scenario, folder)
         threads = str(scenario.threads or os.cpu_count() or 1)
         child = children.start("cloud", command, {"OMP_NUM_THREADS": threads})
         console.print(f"starting a cloud for {model} ...", markup=False, highlight=False, soft_wrap=True)
         yield child.first_answer(_READY_S), folder / "certs"
+
+
+def _projection(scenario: Scenario, folder: Path) -> list[str]:
+    """Options of a cloud whose taps someone asks for."""
+    options = [profile.options for profile in scenario.profiles()]
+    if not any(one.mode == "side" and one.side.taps for one in options):
+        return []
+    text = scenario.cloud.projection_text
+    if text is None:
+        from pydoc_data.topics import topics  # Python's own manual, which comes with it
+
+        text = folder / "projection.txt"
+        atomic_write(text, "\n\n".join(topics[name] for name in sorted(topics))[:_MANUAL_CHARS])
+    return ["--projection", str(folder / "projection.safetensors"), "--projection-text", str(text)]
 
 
 def _refuse(folder: Path) -> None:

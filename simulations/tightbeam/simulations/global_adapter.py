@@ -1,7 +1,7 @@
 """The one adapter that all clients share, as the server holds it and as each client gets it.
 
-It covers the layers of every client, in float64, with the scale in B (see `federation.lora`). A client gets
-the layers that its cut leaves at the edge, at its own rank and scale, in float32.
+It covers what every client shares, in float64, with the scale in B (see `federation.lora`): layers, and
+ladders of mode side. A client gets its own of them, layers at its own rank and scale, in float32.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,14 +15,15 @@ from numpy.typing import NDArray
 from tightbeam.common.federation import Arrays, LoraAdapter, parse_adapter
 from tightbeam.common.federation.lowrank import best_rank, stack
 
-__all__ = ["GlobalAdapter", "from_record", "layers_of", "to_record"]
+__all__ = ["GlobalAdapter", "fresh", "from_record", "layers_of", "restricted", "to_record"]
 
 _LEARNED, _FOLDED = "learned/", "folded/"
 
 
 def to_record(arrays: Mapping[str, NDArray[np.floating]]) -> ArrayRecord:
     """Arrays as Flower carries them."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(array)) for name, array in arrays.items()})
+    # Not ascontiguousarray, which gives a scalar a dimension.
+    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
 
 
 def from_record(record: ArrayRecord) -> dict[str, NDArray[np.floating]]:
@@ -31,13 +32,35 @@ def from_record(record: ArrayRecord) -> dict[str, NDArray[np.floating]]:
 
 
 def layers_of(shapes: Mapping[str, Sequence[int]], origin: str) -> LoraAdapter:
-    """Empty modules, rank 0, for tensors of these shapes and names."""
-    probe = {
-        name: np.zeros((1, shape[1]) if ".lora_A." in name else (shape[0], 1))
-        for name, shape in shapes.items()
-    }
+    """Empty modules, rank 0, for factors of these shapes and names; zeros for what is no factor."""
+    probe = {name: np.zeros(_probe_shape(name, shape)) for name, shape in shapes.items()}
     parsed = parse_adapter(probe, 1.0, origin)
-    return LoraAdapter({layer: module.truncated(0) for layer, module in parsed.modules.items()}, {})
+    return LoraAdapter({layer: m.truncated(0) for layer, m in parsed.modules.items()}, parsed.rest)
+
+
+def _probe_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+    if ".lora_A." in name:
+        return 1, shape[1]
+    return (shape[0], 1) if ".lora_B." in name else tuple(shape)
+
+
+def fresh(adapter: LoraAdapter, rank: int, seed: int) -> LoraAdapter:
+    """Where training starts: delta W is zero and a ladder's change is zero; the same for the same seed."""
+    rest = {
+        name: _fresh_tensor(name, tensor.shape, np.random.default_rng([seed, number]))
+        for number, (name, tensor) in enumerate(sorted(adapter.rest.items()))
+    }
+    return LoraAdapter(adapter.modules, rest).restarted(rank, seed)
+
+
+def _fresh_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float64]:
+    """Of a ladder, as `tightbeam.edge.side.Ladder` itself begins."""
+    if not shape or name.endswith(".leave.weight"):
+        return np.zeros(shape)  # a gate in its middle; the last matrix, so that the model is the backbone
+    if len(shape) == 1:
+        return np.ones(shape)  # of a norm
+    bound = 1 / np.sqrt(shape[1])
+    return rng.uniform(-bound, bound, shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,9 +72,10 @@ class GlobalAdapter:
 
     @classmethod
     def initial(cls, layers: Sequence[LoraAdapter], rank: int, seed: int) -> Self:
-        """Random A and zero B for the layers of all clients; the same for the same seed."""
+        """A fresh start for what all clients share; the same for the same seed."""
         modules = {name: module for adapter in layers for name, module in adapter.modules.items()}
-        return cls(LoraAdapter(modules, {}).resized(rank, seed))
+        rest = {name: tensor for adapter in layers for name, tensor in adapter.rest.items()}
+        return cls(fresh(LoraAdapter(modules, rest), rank, seed))
 
     @classmethod
     def from_arrays(cls, arrays: Arrays) -> Self:
@@ -73,13 +97,14 @@ class GlobalAdapter:
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
         """The adapter that a client wears, and what it folds into its weights first, if anything."""
         resized = self.learned.resized(rank, seed)
-        own = LoraAdapter({name: resized.modules[name] for name in sorted(layers)}, {})
+        own = restricted(resized, layers)
         folds = {name: m for name, m in self.folded.modules.items() if name in layers} if self.folded else {}
         return own.state(scale), LoraAdapter(folds, {}).state(1.0)
 
     def after(self, learned: LoraAdapter) -> Self:
         """Replace the layers that a round has changed; layers of nobody in that round stay."""
-        return replace(self, learned=LoraAdapter({**self.learned.modules, **learned.modules}, {}))
+        modules = {**self.learned.modules, **learned.modules}
+        return replace(self, learned=LoraAdapter(modules, {**self.learned.rest, **learned.rest}))
 
     def after_fold(self, stacked: LoraAdapter, rank: int, seed: int) -> Self:
         """Add a round's stack to what is folded, and start the adapter afresh.
@@ -94,14 +119,21 @@ class GlobalAdapter:
         return replace(self, learned=self.learned.restarted(rank, seed), folded=LoraAdapter(modules, {}))
 
     def whole(self) -> LoraAdapter:
-        """One adapter that has it all, to save: what is learned and what is folded, stacked."""
+        """One adapter of all layers, to save: what is learned, or what is folded."""
         if self.folded is None:
-            return self.learned
+            return LoraAdapter(self.learned.modules, {})
         empty = {name: module.truncated(0) for name, module in self.learned.modules.items()}
         return LoraAdapter({**empty, **self.folded.modules}, {})
+
+
+def restricted(adapter: LoraAdapter, names: Collection[str]) -> LoraAdapter:
+    """The layers and other tensors of these names."""
+    modules = {name: m for name, m in sorted(adapter.modules.items()) if name in names}
+    return LoraAdapter(modules, {name: tensor for name, tensor in adapter.rest.items() if name in names})
 
 
 def _factors(adapter: LoraAdapter | None) -> dict[str, NDArray[np.float64]]:
     modules = adapter.modules.values() if adapter else ()
     pairs = ((m.names, (m.A_RI, m.B_OR)) for m in modules)
-    return {name: tensor for names, tensors in pairs for name, tensor in zip(names, tensors, strict=True)}
+    found = {name: tensor for names, tensors in pairs for name, tensor in zip(names, tensors, strict=True)}
+    return found | (adapter.rest if adapter else {})

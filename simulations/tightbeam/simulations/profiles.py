@@ -63,6 +63,11 @@ class Budget(Section):
         description="Codecs to fall back to, in this order, before the client leaves.",
     )
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit at all."""
+        return not (self.mb is None and self.joules is None and self.money is None)
+
     def exceeded_by(self, mb: float, joules: float, money: float) -> str:
         """Say which limit such totals break; nothing when all hold."""
         totals = {"MB": (self.mb, mb), "J": (self.joules, joules), "of money": (self.money, money)}

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tightbeam.common.config import Codecs, Section, checked_section
+from tightbeam.common.config import Codecs, Section, SideSection, checked_section
 from tightbeam.common.config_yaml import key_lines, parse_mapping
 from tightbeam.common.errors import RecipeError, reason
 from tightbeam.simulations.profiles import DEVICES, NETWORKS, Budget, DeviceProfile, NetworkProfile
@@ -42,6 +42,7 @@ __all__ = [
 
 FLOWER_STRATEGIES = ("fedavgm", "fedadam", "fedyogi", "fedmedian", "krum")
 _ONE_SHAPE = ("fedit", *FLOWER_STRATEGIES)  # need the same rank everywhere
+_BY_LAYER = ("fedit", "ffa", "flexlora", "hetlora", "zeropad")  # a layer may come and go between rounds
 _CUT = r"^\d+:\d+$"
 
 
@@ -60,7 +61,8 @@ def _named(table: Mapping[str, Section], what: str) -> BeforeValidator:
 
 Network = Annotated[NetworkProfile, _named(NETWORKS, "network")]
 Device = Annotated[DeviceProfile, _named(DEVICES, "device")]
-Mode = Literal["ushape", "top"]
+Mode = Literal["ushape", "top", "side"]
+Share = Literal["all", "top", "none"]
 
 
 class DataSection(Section):
@@ -113,6 +115,9 @@ class TrainSection(Section):
     proximal: float = Field(
         default=0.0, ge=0, description="FedProx: mu of mu/2 ||adapter - global adapter||^2."
     )
+    freeze_bottom_after: int | None = Field(
+        default=None, ge=1, description="Rounds after which nobody trains below its cut any more."
+    )
 
 
 class PrivacySection(Section):
@@ -146,7 +151,14 @@ class StrategySection(Section):
 class ClientSection(Section):
     """What every client has."""
 
-    mode: Mode = Field(default="ushape", description="ushape: all edge blocks learn; top: the top ones.")
+    mode: Mode = Field(default="ushape", description="How training uses the trunk: see docs/modes.md.")
+    side: SideSection = Field(default_factory=SideSection, description="The side network of mode side.")
+    share: Share = Field(
+        default="all", description="What is federated; the rest is the client's own (personal mode)."
+    )
+    cache_gb: float = Field(
+        default=5.0, ge=0, description="Most of what crosses once to keep, 10^9 bytes; 0 keeps nothing."
+    )
     cut: str = Field(default="4:4", pattern=_CUT, description="k:m, blocks at the edge.")
     codec: Codecs = Field(default_factory=Codecs, description="How tensors become bytes.")
     r: int = Field(default=8, ge=1, description="Rank of the adapter.")
@@ -154,12 +166,20 @@ class ClientSection(Section):
     device: Device = Field(default=DEVICES["laptop"], description="Name or numbers.")
     budget: Budget = Field(default_factory=Budget, description="Most to spend; no limit if left out.")
 
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What decides which parameters it shares, and their shapes up to the rank."""
+        return self.cut, self.mode, self.share, self.side.model_dump_json() if self.mode == "side" else ""
+
 
 class GroupSection(Section):
     """So many clients that have something else than `client` says; groups take clients in order."""
 
     clients: int = Field(ge=1, description="How many.")
     mode: Mode | None = None
+    side: SideSection | None = None
+    share: Share | None = None
+    cache_gb: float | None = Field(default=None, ge=0)
     cut: str | None = Field(default=None, pattern=_CUT)
     codec: Codecs | None = None
     r: int | None = Field(default=None, ge=1)
@@ -189,6 +209,9 @@ class CloudSection(Section):
         default=None, description="Folder of `tightbeam certs init` with one identity per client name."
     )
     insecure: bool = Field(default=False, description="Connect without TLS; only for loopback.")
+    projection_text: Path | None = Field(
+        default=None, description="Public text that a started cloud fits its taps to; else Python's manual."
+    )
     gflops: float = Field(
         default=20_000, gt=0, description="Speed that virtual time gives the cloud, 1e9 operations a second."
     )
@@ -241,7 +264,7 @@ class Scenario(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        for problem in (self._counts(), self._shapes(), self._privacy()):
+        for problem in (self._counts(), self._shapes(), self._privacy(), self._modes()):
             if problem:
                 raise ValueError(problem)
         return self
@@ -259,12 +282,34 @@ class Scenario(Section):
     def _shapes(self) -> str:
         profiles, name = self.profiles(), self.strategy.name
         ranks = {profile.options.r for profile in profiles}
-        places = {(profile.options.cut, profile.options.mode) for profile in profiles}
+        places = {profile.options.place for profile in profiles}
         one_shape = name in _ONE_SHAPE or self.strategy.secure
         if one_shape and len(ranks) > 1:
             return f"{name} needs one rank, not {sorted(ranks)}: use flexlora, flora, hetlora or zeropad"
         if (name in FLOWER_STRATEGIES or self.strategy.secure) and len(places) > 1:
-            return f"{name} needs one cut and one mode for all clients: use fedit, flexlora or flora"
+            what = "strategy.secure" if self.strategy.secure else name
+            return f"{what} needs one cut, mode and share for all clients: use fedit or flexlora in the open"
+        return ""
+
+    def _modes(self) -> str:
+        """What folds, hides or remembers whole adapters cannot do with a part of them."""
+        options, strategy = [profile.options for profile in self.profiles()], self.strategy
+        sides, shares = {one.mode for one in options}, {one.share for one in options}
+        freeze = self.train.freeze_bottom_after
+        if strategy.name == "flora" and ("side" in sides or shares != {"all"} or freeze):
+            return (
+                "flora folds what is learned into the blocks themselves, which mode side, client.share and "
+                "train.freeze_bottom_after need as they are: use flexlora"
+            )
+        if shares == {"none"} and (strategy.name not in _BY_LAYER or strategy.secure or strategy.privacy):
+            return "client.share none leaves nothing to combine: use fedit, without secure and privacy"
+        if freeze and (strategy.name not in _BY_LAYER or strategy.secure or strategy.privacy):
+            return (
+                "train.freeze_bottom_after changes what is sent on the way, which secure, privacy and "
+                f"Flower's strategies do not allow: use {', '.join(_BY_LAYER)}"
+            )
+        if freeze and freeze >= self.rounds:
+            return f"train.freeze_bottom_after is {freeze}, but there are {self.rounds} rounds"
         return ""
 
     def _privacy(self) -> str:
@@ -298,7 +343,8 @@ class Scenario(Section):
         if not owner:
             return self.client
         group = self.groups[owner]
-        given = {name: value for name in ClientSection.model_fields if (value := getattr(group, name))}
+        values = {name: getattr(group, name) for name in ClientSection.model_fields}
+        given = {name: value for name, value in values.items() if value is not None}
         return self.client.model_copy(update=given)
 
     def numbers(self) -> dict[str, Any]:

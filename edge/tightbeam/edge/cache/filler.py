@@ -33,14 +33,25 @@ class Sample:
 
 
 class Filler:
-    """Fills the cache of a shortcut with groups of samples, in order."""
+    """Fills the cache of a shortcut with groups of samples, in order.
+
+    Without `whole_groups` samples that are held never cross again, and groups depend on what is held.
+    """
 
     def __init__(
-        self, shortcut: TrunkShortcut, groups: Iterable[Sequence[Sample]], *, in_flight: int = _IN_FLIGHT
+        self,
+        shortcut: TrunkShortcut,
+        groups: Iterable[Sequence[Sample]],
+        *,
+        in_flight: int = _IN_FLIGHT,
+        whole_groups: bool = True,
     ) -> None:
         assert shortcut.cache is not None
         self._shortcut, self._cache, self._limit = shortcut, shortcut.cache, in_flight
         self._groups = deque(_without_repeats(groups))
+        if not whole_groups:
+            lacking = ([s for s in group if s.digest not in self._cache] for group in self._groups)
+            self._groups = deque(group for group in lacking if group)
         self._waiting = {sample.digest for group in self._groups for sample in group}
         self._flights: deque[tuple[Sequence[Sample], Segments, Flight]] = deque()
 

@@ -147,7 +147,6 @@ class TrunkShortcut:
     ) -> None:
         self.parts, self.cache = parts, cache
         self._dtype, self._width = dtype, width
-        self._wire_codec = parts.trunk.stepper.codecs.activations_down
         self._lookup: _Lookup | None = None
         self._bypass: Any = None
         self.forwards_without_bottom = 0
@@ -156,6 +155,11 @@ class TrunkShortcut:
             parts.owner.register_forward_hook(self._after, always_call=True),
         ]
         parts.trunk.shortcut = self
+
+    @property
+    def _wire_codec(self) -> str:
+        """Of the stepper that the trunk has now: simulated edges take turns in one model."""
+        return self.parts.trunk.stepper.codecs.activations_down
 
     def remove(self) -> None:
         """Let the trunk go to the cloud again."""

@@ -7,9 +7,9 @@ from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.modes.base import Job, Mode
 from tightbeam.edge.modes.freeze import Freeze
 from tightbeam.edge.modes.side import Side
-from tightbeam.edge.modes.top import Top
+from tightbeam.edge.modes.top import FrozenBottom, Top
 
-__all__ = ["Freeze", "Job", "Mode", "Side", "Top", "mode_for", "trained_blocks"]
+__all__ = ["Freeze", "FrozenBottom", "Job", "Mode", "Side", "Top", "mode_for", "trained_blocks"]
 
 
 def trained_blocks(recipe: Recipe, model: PreTrainedModel) -> range | None:

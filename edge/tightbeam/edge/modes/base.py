@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -35,6 +36,7 @@ class Job:
     cache_secret: bytes | None  # of the edge's identity
     say: Callable[[str], None]
     moved_bytes: Callable[[], int]  # on the wire so far, whole run
+    whole_groups: bool = True  # a group that lacks a sample crosses whole: the same bits after a kill
 
     def rows_of(self, step: int) -> list[Example]:
         """The examples of an optimizer step."""
@@ -65,9 +67,18 @@ class Mode:
         return loss
 
     def flops(self, batch: dict[str, Tensor]) -> int:
-        """Operations at the edge for a forward and backward of the batch."""
+        """Operations at the edge for a forward of the batch, and for its backward where gradients are on."""
         size, length = batch["input_ids"].shape
-        return self._flops.forward(size, length) + self._flops.backward(size, length)
+        backward = self._flops.backward(size, length) if torch.is_grad_enabled() else 0
+        return self._flops.forward(size, length) + backward
+
+    def crossing(self, examples: Sequence[Example]) -> list[Example]:
+        """Those of `examples` that will have to cross when each is trained on, or evaluated, in turn."""
+        return list(examples)
+
+    def filling_flops(self, examples: Sequence[Example]) -> int:
+        """Operations at the edge to send `examples` ahead of the steps; none where steps send their own."""
+        return 0
 
     def before_checkpoint(self) -> bool:
         """Make durable what the checkpoint relies on; says whether anything crossed for it."""

@@ -50,7 +50,7 @@ class FrozenPhase:
             self.shortcut = stack.enter_context(self._shortcut(base.dtype, width))
             stack.enter_context(packed_attention_in(base))
             if self.cache is not None:
-                self.filler = Filler(self.shortcut, self._groups())
+                self.filler = Filler(self.shortcut, self._groups(), whole_groups=job.whole_groups)
             self._count_flops()
             self._stack = stack.pop_all()
 
@@ -76,13 +76,18 @@ class FrozenPhase:
 
     def flops(self, batch: dict[str, Tensor]) -> int:
         """Operations of the top blocks on real tokens, and of the head on learned ones."""
-        packed = PackedBatch.of(batch)
-        lengths, learned = packed.segments.lengths, len(packed.place_L)
-        linear = (self._top.forward_weights + self._top.backward_weights - 2 * self._head_weights) * sum(
-            lengths
-        )
-        attention = self._top.forward_attention + self._top.backward_attention
-        return 2 * (linear + 2 * self._head_weights * learned) + attention * sum(n * n for n in lengths)
+        packed, backward = PackedBatch.of(batch), torch.is_grad_enabled()
+        lengths, learned, head = packed.segments.lengths, len(packed.place_L), self._head_weights
+        linear, attention = self._top.forward_weights - head, self._top.forward_attention
+        if backward:
+            linear += self._top.backward_weights - head
+            attention += self._top.backward_attention
+        return 2 * (linear * sum(lengths) + (1 + backward) * head * learned) + attention * _squares(lengths)
+
+    def filling_flops(self, examples: Iterable[Example]) -> int:
+        """Operations of the bottom's one pass over `examples`."""
+        lengths, below = [len(example.input_ids) for example in examples], self._below
+        return 2 * below.forward_weights * sum(lengths) + below.forward_attention * _squares(lengths)
 
     def commit(self) -> bool:
         """Put on disk what the cache holds and what is on its way; says whether anything was."""
@@ -114,8 +119,15 @@ class FrozenPhase:
     def _count_flops(self) -> None:
         head = self.job.model.get_base_model().get_output_embeddings()
         self._head_weights = linear_params(head) if head is not None else 0
+        whole = EdgeFlops.from_model(self.job.model)
         with passed_through(self.parts.blocks, self.parts.bottom):
-            self._top = EdgeFlops.from_model(self.job.model)
+            self._top = top = EdgeFlops.from_model(self.job.model)
+        self._below = EdgeFlops(
+            forward_weights=whole.forward_weights - top.forward_weights,
+            backward_weights=0,
+            forward_attention=whole.forward_attention - top.forward_attention,
+            backward_attention=0,
+        )
 
     def _groups(self) -> Iterator[list[Sample]]:
         """Samples in the order in which they are first needed.
@@ -148,6 +160,10 @@ def freeze_below(job: Job, parts: FrozenParts) -> str:
             parameter.requires_grad_(False)
             parameter.grad = None  # an optimizer passes over what has none, and keeps its state
     return digest.hexdigest() if found else ""
+
+
+def _squares(lengths: Sequence[int]) -> int:
+    return sum(n * n for n in lengths)
 
 
 def _samples(examples: Iterable[Example] | Sequence[Example]) -> list[Sample]:

@@ -4,7 +4,7 @@ What crosses is that of mode `top`, cut activations up and the trunk's answer do
 answer. Unlike there, the bottom runs in every step, twice when it has an adapter.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from tightbeam.common.costs.flops import EdgeFlops, attention_width, linear_params
 from tightbeam.edge.cache import Scope
 from tightbeam.edge.cache.shortcut import TrunkShortcut
+from tightbeam.edge.data import Example
 from tightbeam.edge.modes.frozen import FrozenPhase
 from tightbeam.edge.modes.top import Top
 from tightbeam.edge.side import SidePath, side_of
@@ -52,9 +53,15 @@ class _SidePhase(FrozenPhase):
         found, width = EdgeFlops.from_model(self.job.model), attention_width(base.config)
         again, more_forward, more_backward = 0, 0, 0
         bottom = [self.parts.blocks[i] for i in self.parts.bottom]
+        bare = sum(map(_backbone_weights, bottom))
+        self._below = EdgeFlops(
+            forward_weights=bare,
+            backward_weights=0,
+            forward_attention=4 * width * len(bottom),
+            backward_attention=0,
+        )
         if any(isinstance(inner, BaseTunerLayer) for block in bottom for inner in block.modules()):
-            again = sum(map(_backbone_weights, bottom))
-            more_forward = 4 * width * len(bottom)
+            again, more_forward = bare, 4 * width * len(bottom)
         if ladder is not None:  # the walk took it for one block of the backbone's width
             rungs = sum(stage.mix.in_features for stage in ladder.rungs())
             more_forward += 4 * (rungs - width)
@@ -76,6 +83,10 @@ class Side(Top):
     """The loop of mode `top` over a model with a side path."""
 
     phase_type = _SidePhase
+
+    def filling_flops(self, examples: Sequence[Example]) -> int:
+        """Operations of the bare bottom on what crosses ahead; without a cache the steps count them."""
+        return 0 if self._phase.cache is None else super().filling_flops(examples)
 
 
 def _backbone_weights(block: nn.Module) -> int:

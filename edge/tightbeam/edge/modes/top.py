@@ -3,26 +3,29 @@
 Gradients and labels never cross: nothing below the cut asks for a gradient, so no backward ever follows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from tightbeam.common.errors import RecipeError
+from tightbeam.edge.data import Example
 from tightbeam.edge.modes.base import Job, Mode
 from tightbeam.edge.modes.frozen import FrozenPhase
 
-__all__ = ["Top"]
+__all__ = ["FrozenBottom", "Top"]
 
 
 class Top(Mode):
     """Frozen from the first step to the last."""
 
     phase_type: type[FrozenPhase] = FrozenPhase
+    bottom_is_bare = True  # no adapter lies below the cut
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, start_step: int = 0) -> None:
         super().__init__(job)
-        self._phase = self.phase_type(job, start_step=0)
-        if self._phase.bottom_sha256:
+        self._phase = self.phase_type(job, start_step)
+        if self._phase.bottom_sha256 and self.bottom_is_bare:
             self._phase.close()
             raise RecipeError(
                 "The adapter trains something below the cut, which mode top keeps frozen.",
@@ -47,6 +50,17 @@ class Top(Mode):
         """Operations at the edge; the bottom's one pass is not among them."""
         return self._phase.flops(batch)
 
+    def crossing(self, examples: Sequence[Example]) -> list[Example]:
+        """Those that the cache lacks, each text once; without a cache all of them."""
+        missing = self._phase.missing(examples)
+        if self._phase.cache is None:
+            return missing
+        return list({example.input_ids: example for example in missing}.values())
+
+    def filling_flops(self, examples: Sequence[Example]) -> int:
+        """Operations of the bottom on what crosses."""
+        return self._phase.filling_flops(examples)
+
     def before_checkpoint(self) -> bool:
         """Write the cache, so that a resumed run reads the same bits."""
         return self._phase.commit()
@@ -61,3 +75,9 @@ class Top(Mode):
     def close(self) -> None:
         """Write and release the cache."""
         self._phase.close()
+
+
+class FrozenBottom(Top):
+    """As `top`, above a bottom whose adapter stays in place as it is."""
+
+    bottom_is_bare = False

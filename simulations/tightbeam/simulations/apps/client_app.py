@@ -2,9 +2,9 @@
 
     query.hello      which client of the scenario it is
     query.secure     an exchange of a secure aggregation
-    query.layers     which layers its cut leaves at the edge, and their shapes
+    query.layers     what it shares of its adapter: names and shapes
     train            some local steps from the global adapter, over its own sealed stream to the cloud
-    evaluate         the global adapter's loss on this client's held-out text
+    evaluate         the loss on this client's held-out text, of the global adapter with its own part
 
 Adapters and figures travel in Flower's messages, nothing else. What goes wrong comes back as a `notes` record
 with the error's own text, so that it reads the same on every runtime.
@@ -19,19 +19,17 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
-from tightbeam.common.config import Codecs
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.federation import LoraAdapter, parse_adapter
-from tightbeam.edge.connection import Cloud
-from tightbeam.edge.data import Example
-from tightbeam.edge.federation import Lender, LocalTask, SplitAdapter, Work, held_bytes, pad_id
+from tightbeam.edge.federation import Lender, LocalTask
+from tightbeam.simulations.apps.figures import backbone_facts, figures_of, weight_bytes_of
+from tightbeam.simulations.apps.limits import affordable_codec, require_memory
 from tightbeam.simulations.apps.participant import Client, Leaving
 from tightbeam.simulations.apps.secure import answer_step, certificate_of, mask_update
 from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.budgets import Plan, Spent, choose_codec, codec_text
+from tightbeam.simulations.budgets import codec_text
 from tightbeam.simulations.global_adapter import from_record, to_record
-from tightbeam.simulations.profiles import steps_seconds
 
 __all__ = ["app", "evaluate", "hello", "layers", "secure", "train"]
 
@@ -89,12 +87,15 @@ def secure(message: Message, context: Context) -> Message:
 
 @app.query("layers")
 def layers(message: Message, context: Context) -> Message:
-    """Name the tensors of this client's adapter, with their shapes."""
+    """Name the tensors that this client shares, with their shapes, and which layers are below its cut."""
 
     def work(client: Client) -> RecordDict:
         with client.cloud(f"layers-{uuid.uuid4().hex[:8]}", []) as cloud:
             lent = _LENDER.lend(cloud, client.shape(), client.profile.options.codec)
-            facts = {"shapes": lent.layers(), "backbone": _backbone(cloud)}
+            shared = lent.shared(client.profile.options.share)
+            shapes = {name: shape for name, shape in lent.layers().items() if name in shared}
+            below = sorted({name.partition(".lora_")[0] for name in lent.below & shared})
+            facts = {"shapes": shapes, "below": below, "backbone": backbone_facts(cloud)}
         return _notes(client=client.profile.name, status="ok", layers=json.dumps(facts))
 
     return _answer(message, context, work)
@@ -120,21 +121,23 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
     run, rows = f"{client.profile.name}-r{number}-{uuid.uuid4().hex[:8]}", list[StepRow]()
     with client.cloud(run, rows) as cloud:
         learn, _ = client.examples(cloud, _LENDER)
-        lent = _LENDER.lend(cloud, client.shape(), client.profile.options.codec)
-        task = _task(client, number)
-        _require_memory(client, lent)
-        codec = _affordable(client, cloud, lent, learn, task, content)
-        lent = _LENDER.lend(cloud, client.shape(), codec)
-        arrays, folded = _worn(content)
-        lent.wear(arrays, folded)
+        lent, task = _LENDER.lend(cloud, client.shape(), client.profile.options.codec), _task(client, number)
+        require_memory(client, lent)
+        arrays, folded = _received(content)
+        lent.wear(client.complete(lent, arrays, number), folded)
         try:
-            work = lent.train(learn, task, pad_id(_LENDER.tokenizer(cloud)), rows)
+            codec = affordable_codec(client, cloud, _LENDER, learn, task, content)
+            place = client.workplace(cloud, _LENDER, codec, frozen=client.frozen_after(number - 1))
+            work = place.train(learn, task, rows)
             trained = lent.arrays(only_B=task.only_B)
+            handed_in = arrays.keys() & trained.keys() - (lent.below if place.frozen else frozenset())
             # In the order that they came in: Flower's FedAvgM pairs arrays by position.
-            update = to_record({name: trained[name] for name in arrays if name in trained})
+            update = to_record({name: trained[name] for name in arrays if name in handed_in})
+            if own := {name: array for name, array in lent.arrays().items() if name not in arrays}:
+                client.personal.save(number, own)
         finally:
             lent.undress()
-        first = held_bytes(_blobs(cloud), client.profile.options.cut, cloud.card.num_blocks)
+        first = weight_bytes_of(cloud, client.profile.options.cut)
     slow = 1.0
     if client.draw("straggler", number).random() < scenario.faults.straggler:
         slow = scenario.faults.slowdown
@@ -148,7 +151,7 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
         reply.config_records["notes"]["secure"], up_bytes = masked, len(masked)
     else:
         reply.array_records["arrays"] = update
-    figures = _figures(client, content, work, up_bytes, first, slow)
+    figures = figures_of(client, content, work, up_bytes, first, slow)
     reply.metric_records["metrics"] = MetricRecord(
         {"weight": weight, "examples": len(learn), "adapter-up-bytes": up_bytes, **figures}
     )
@@ -160,21 +163,23 @@ def _evaluate(client: Client, content: RecordDict) -> RecordDict:
     run = f"{client.profile.name}-e{int(str(config['server-round']))}-{uuid.uuid4().hex[:8]}"
     with client.cloud(run, rows) as cloud:
         _, held_out = client.examples(cloud, _LENDER)
-        lent = _LENDER.lend(cloud, client.shape(), client.profile.options.codec)
-        arrays, folded = _worn(content)
-        lent.wear(arrays, folded)
+        options, number = client.profile.options, int(str(config["server-round"]))
+        place = client.workplace(cloud, _LENDER, options.codec, frozen=client.frozen_after(number))
+        arrays, folded = _received(content)
+        place.lent.wear(client.complete(place.lent, arrays, number + 1), folded)
         try:
-            size = client.scenario.train.batch_size
-            work = lent.evaluate(held_out, size, pad_id(_LENDER.tokenizer(cloud)), rows)
+            work = place.evaluate(held_out, client.scenario.train.batch_size, rows)
+            if options.share != "all" or options.mode == "side":
+                place.lent.save(client.folder / "adapter")
         finally:
-            lent.undress()
-        first = held_bytes(_blobs(cloud), client.profile.options.cut, cloud.card.num_blocks)
-    figures = _figures(client, content, work, 0, first, 1.0)
+            place.lent.undress()
+        first = weight_bytes_of(cloud, options.cut)
+    figures = figures_of(client, content, work, 0, first, 1.0)
     metrics = MetricRecord({"weight": work.learned_tokens, "examples": len(held_out), **figures})
     return RecordDict({"metrics": metrics, **_notes(client=client.profile.name, status="ok", run=run)})
 
 
-def _worn(content: RecordDict) -> tuple[dict[str, Any], LoraAdapter | None]:
+def _received(content: RecordDict) -> tuple[dict[str, Any], LoraAdapter | None]:
     arrays, fold = from_record(content.array_records["arrays"]), content.array_records.get("fold")
     return arrays, parse_adapter(from_record(fold), 1.0, "the server") if fold else None
 
@@ -193,96 +198,3 @@ def _task(client: Client, number: int) -> LocalTask:
         dropout_seed=client.draw("adapter-dropout", number).randrange(2**31),
         only_B=client.scenario.strategy.name == "ffa",
     )
-
-
-def _require_memory(client: Client, lent: SplitAdapter) -> None:
-    needed_mb = lent.training_bytes(client.scenario.train.optimizer) / 1e6
-    limit_mb = client.profile.options.device.memory_mb
-    if needed_mb > limit_mb:
-        raise Leaving(
-            "left", f"Weights and optimizer need {needed_mb:.0f} MB; its device has {limit_mb:.0f} MB."
-        )
-
-
-def _affordable(
-    client: Client,
-    cloud: Cloud,
-    lent: SplitAdapter,
-    examples: list[Example],
-    task: LocalTask,
-    content: RecordDict,
-) -> Codecs:
-    """The codec of this round: the client's own, or a smaller one that its budget still allows."""
-    config, options = content.config_records["config"], client.profile.options
-    flops = lent.planned_flops(examples, task)
-    plan = Plan(
-        tokens=lent.plan_tokens(examples, task),
-        hidden_size=cloud.card.hidden_size,
-        dtype=cloud.card.dtype,
-        gradients=options.mode == "ushape",
-        # down, up, and down again: to be asked once more costs even those who then leave
-        adapter_bytes=3 * content.array_records["arrays"].count_bytes(),
-        joules=options.device.seconds(flops) * options.device.watts,
-        cloud_flops=_cloud_flops(cloud, options.cut, options.mode, lent.plan_tokens(examples, task)),
-    )
-    spent = Spent(*(float(str(config[f"spent-{unit}"])) for unit in ("mb", "joules", "money")))
-    codec, refusal = choose_codec(options, plan, spent)
-    if codec is None:
-        raise Leaving("left", f"Its budget would be exceeded: {refusal}.")
-    return codec
-
-
-def _cloud_flops(cloud: Cloud, cut: str, mode: str, tokens: int) -> int:
-    """About what the cloud will compute, from the size of the trunk's weights; attention left out."""
-    edge = held_bytes(_blobs(cloud), cut, cloud.card.num_blocks)
-    total = sum(size for name, size in _blobs(cloud).items() if not name.startswith("file/"))
-    weights = (total - edge) // (4 if cloud.card.dtype == "float32" else 2)
-    return (4 if mode == "ushape" else 2) * tokens * weights
-
-
-def _backbone(cloud: Cloud) -> dict[str, Any]:
-    """What the report must know to say what the same experiment had cost otherwise."""
-    card, sizes = cloud.card, {n: size for n, size in _blobs(cloud).items() if not n.startswith("file/")}
-    return {
-        "model": card.model,
-        "fingerprint": card.fingerprint,
-        "dtype": card.dtype,
-        "num_blocks": card.num_blocks,
-        "hidden_size": card.hidden_size,
-        "weight_bytes": sum(sizes.values()),
-    }
-
-
-def _blobs(cloud: Cloud) -> dict[str, int]:
-    return {blob.name: blob.num_bytes for blob in cloud.card.blobs}
-
-
-def _figures(
-    client: Client, content: RecordDict, work: Work, up_bytes: int, weight_bytes: int, slow: float
-) -> dict[str, int | float]:
-    """What the report is made of; seconds without `virtual` are this machine's own."""
-    options, moved = client.profile.options, work.moved
-    first = bool(content.config_records["config"]["first"])
-    down_bytes = sum(record.count_bytes() for record in content.array_records.values())
-    compute_s = options.device.seconds(work.edge_flops)
-    exchange_s = options.network.seconds(up_bytes=up_bytes, down_bytes=down_bytes, round_trips=1)
-    weights_s = options.network.seconds(up_bytes=0, down_bytes=weight_bytes * first, round_trips=first)
-    steps_s = steps_seconds(options.network, work.rows, client.scenario.cloud.gflops)
-    return {
-        "loss": work.loss,
-        "steps": work.steps,
-        "tokens": work.tokens,
-        "learned-tokens": work.learned_tokens,
-        "payload-up-bytes": moved.payload_up_bytes,
-        "payload-down-bytes": moved.payload_down_bytes,
-        "wire-up-bytes": moved.wire_up_bytes,
-        "wire-down-bytes": moved.wire_down_bytes,
-        "weight-bytes": weight_bytes * first,
-        "edge-flops": work.edge_flops,
-        "cloud-flops": work.cloud_flops,
-        "wall-s": work.wall_s,
-        "edge-s": work.edge_s,
-        "memory-bytes": work.memory_bytes,
-        "virtual-s": slow * (compute_s + steps_s + exchange_s) + weights_s,
-        "joules": compute_s * options.device.watts,
-    }

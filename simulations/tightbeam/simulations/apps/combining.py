@@ -1,7 +1,8 @@
 """A round's updates become the next global adapter: by our aggregators, or by a strategy of Flower's.
 
 Clients with different cuts have different layers. So layers are combined in groups: those that the same
-clients have go through the aggregator together, and a layer that nobody had in a round stays as it was.
+clients have go through the aggregator together, and a layer that nobody had in a round stays as it was. A
+ladder of mode side is averaged among those who have one of its kind.
 
 Flower's strategies see what their own FedAvg would: one record of arrays per client, all of one shape.
 """
@@ -85,15 +86,18 @@ class ByAggregator:
     def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
         """Combine group by group."""
         groups = [self._aggregate(layers, accepted) for layers in _groups(accepted)]
+        if not groups:
+            return Combined(state, ("nothing is shared",))
         modules = {name: m for group in groups for name, m in group.adapter.modules.items()}
+        rest = {name: tensor for group in groups for name, tensor in group.adapter.rest.items()}
         means = {name: m for group in groups for name, m in group.mean.modules.items()}
-        whole = Aggregate(LoraAdapter(modules, {}), LoraAdapter(means, {}), ())
-        notes = tuple(dict.fromkeys(note for group in groups for note in group.notes))
+        whole = Aggregate(LoraAdapter(modules, rest), LoraAdapter(means, {}), ())
+        notes = tuple(dict.fromkeys(n for group in groups if group.mean.modules for n in group.notes))
         if groups[0].folds:
             after = state.after_fold(whole.adapter, self._rank, self._scenario.seed + number)
         else:
             after = state.after(whole.adapter)
-        return Combined(after, notes, whole.relative_error())
+        return Combined(after, notes, whole.relative_error() if means else None)
 
     def memory(self) -> Memory:
         """Nothing."""

@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tightbeam.common.config import Codecs
 from tightbeam.common.costs.meter import JsonlLedger
 from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.errors import UpdateRefusedError
+from tightbeam.common.federation import Arrays
 from tightbeam.edge.connection import Cloud, connect
 from tightbeam.edge.data import Example
-from tightbeam.edge.federation import AdapterShape, Lender
+from tightbeam.edge.federation import AdapterShape, CachePlace, Lender, SplitAdapter, Workplace, pad_id
+from tightbeam.simulations.apps.personal import PersonalPart
 from tightbeam.simulations.apps.settings import Settings
+from tightbeam.simulations.global_adapter import fresh, layers_of
 from tightbeam.simulations.scenario import ClientProfile, Scenario
 from tightbeam.simulations.shards import client_files
 
@@ -40,6 +45,16 @@ class Client:
         """The experiment it takes part in."""
         return self.settings.scenario
 
+    @property
+    def folder(self) -> Path:
+        """Its own files."""
+        return self.settings.folder / "clients" / self.profile.name
+
+    @property
+    def personal(self) -> PersonalPart:
+        """What it keeps to itself between rounds."""
+        return PersonalPart(self.folder / "personal")
+
     def shape(self) -> AdapterShape:
         """Its own cut and rank, with the adapter that all share."""
         adapter, options = self.scenario.adapter, self.profile.options
@@ -51,7 +66,45 @@ class Client:
             adapter.scale,
             adapter.dropout,
             "all-linear" if isinstance(targets, str) else tuple(targets),
+            options.side if options.mode == "side" else None,
         )
+
+    def frozen_after(self, number: int) -> bool:
+        """Whether nothing below its cut changes any more once round `number` is over."""
+        freeze = self.scenario.train.freeze_bottom_after
+        return freeze is not None and number >= freeze
+
+    def workplace(self, cloud: Cloud, lender: Lender, codec: Codecs, *, frozen: bool) -> Workplace:
+        """Its model with steps of this codec, and its cache."""
+        return Workplace(
+            lent=lender.lend(cloud, self.shape(), codec),
+            shape=self.shape(),
+            fingerprint=cloud.card.fingerprint,
+            pad_id=pad_id(lender.tokenizer(cloud)),
+            cache=CachePlace(self.folder / "cache", cloud.cache_secret, self.profile.options.cache_gb),
+            frozen=frozen,
+        )
+
+    def complete(self, lent: SplitAdapter, shared: Arrays, number: int) -> Arrays:
+        """What it wears at the start of round `number`: what it was sent, and its own part.
+
+        Raises:
+            UpdateRefusedError: it was sent something that it does not share.
+
+        """
+        names = lent.shared(self.profile.options.share)
+        if foreign := sorted(shared.keys() - names):
+            raise UpdateRefusedError(
+                f"The global adapter does not fit: {foreign[0]} is not what {self.profile.name} shares.",
+                cure="Server and client must run the same scenario on the same backbone.",
+            )
+        if names == lent.layers().keys():
+            return shared
+        own = self.personal.before(number)
+        if own is None:
+            start = fresh(layers_of(lent.layers(), self.profile.name), self.shape().r, self.scenario.seed)
+            own = {n: a for n, a in start.state(self.shape().scale).items() if n not in names}
+        return {**own, **shared}
 
     def draw(self, what: str, number: int) -> random.Random:
         """Randomness of one event, the same on every runtime."""
@@ -70,7 +123,7 @@ class Client:
             if row["row"] == "step":
                 rows.append(StepRow.from_json(row))
 
-        path = self.settings.folder / "clients" / self.profile.name / "ledger.jsonl"
+        path = self.folder / "ledger.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with connect(

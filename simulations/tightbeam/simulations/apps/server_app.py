@@ -44,7 +44,10 @@ def main(grid: Grid, context: Context) -> None:
         journal.append("experiment", scenario=settings.scenario.numbers(), backbone=facts)
     strategy = FederatedLora(settings.scenario, nodes, journal)
     final = run_rounds(strategy, grid, state, [node.layers for node in nodes])
-    save_global_adapter(settings.folder / "adapter", final, settings.scenario.adapter.scale, facts["model"])
+    if final.learned.modules:
+        save_global_adapter(
+            settings.folder / "adapter", final, settings.scenario.adapter.scale, facts["model"]
+        )
 
 
 def run_rounds(
@@ -104,14 +107,15 @@ def _roster(grid: Grid, scenario: Scenario) -> tuple[list[Node], dict[str, Any]]
     told_by = {str(_notes(reply)["client"]): reply for reply in _ask(grid, "query.hello", ids)}
     names = {name: reply.metadata.src_node_id for name, reply in told_by.items()}
     profiles = [profile for profile in scenario.profiles() if profile.name in names]
-    first: dict[tuple[str, str], ClientProfile] = {}
+    first: dict[tuple[object, ...], ClientProfile] = {}
     for profile in profiles:
-        first.setdefault((profile.options.cut, profile.options.mode), profile)
-    layers, facts = {}, dict[str, Any]()
+        first.setdefault(profile.options.place, profile)
+    layers, below, facts = {}, {}, dict[str, Any]()
     for place, profile in first.items():
         (reply,) = _ask(grid, "query.layers", [names[profile.name]])
         told = json.loads(str(reply.content.config_records["notes"]["layers"]))
         layers[place] = layers_of(told["shapes"], profile.name)
+        below[place] = frozenset(told["below"])
         facts = facts or told["backbone"]
         if facts["fingerprint"] != told["backbone"]["fingerprint"]:
             raise FederationError(
@@ -120,9 +124,23 @@ def _roster(grid: Grid, scenario: Scenario) -> tuple[list[Node], dict[str, Any]]
             )
     nodes = []
     for profile in profiles:
-        name, place = profile.name, (profile.options.cut, profile.options.mode)
-        nodes.append(Node(names[name], profile, _certificate(told_by[name]), layers[place]))
+        name, place = profile.name, profile.options.place
+        nodes.append(Node(names[name], profile, _certificate(told_by[name]), layers[place], below[place]))
+    if scenario.train.freeze_bottom_after is not None:
+        _require_one_side_of_the_cut(nodes)
     return nodes, facts
+
+
+def _require_one_side_of_the_cut(nodes: Iterable[Node]) -> None:
+    """A layer that some keep frozen below their cut must not go on learning above that of others."""
+    below = {layer: node.profile.name for node in nodes for layer in node.below}
+    for node in nodes:
+        for layer in sorted((below.keys() & node.layers.modules) - node.below):
+            raise FederationError(
+                f"{layer} is below the cut of {below[layer]} and above that of {node.profile.name}, so it "
+                "cannot be frozen.",
+                cure="Choose cuts that do not overlap, or leave train.freeze_bottom_after out.",
+            )
 
 
 def _wait_for_nodes(grid: Grid, wanted: int) -> list[int]:

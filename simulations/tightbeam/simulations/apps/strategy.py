@@ -17,7 +17,7 @@ from tightbeam.common.errors import CohortError, TightbeamError, UpdateRefusedEr
 from tightbeam.common.federation import LoraAdapter, Update, check_update, parse_adapter
 from tightbeam.simulations.apps.combining import Accepted, Combined, combiner_for
 from tightbeam.simulations.apps.secure import SecureRounds
-from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
+from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, restricted, to_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Journal, Row
 from tightbeam.simulations.scenario import ClientProfile, Scenario
@@ -32,7 +32,8 @@ class Node:
     node_id: int
     profile: ClientProfile
     certificate: bytes  # of its identity; empty when the federation is not secure
-    layers: LoraAdapter  # empty modules: names and shapes of what its cut leaves at the edge
+    layers: LoraAdapter  # names and shapes of what it shares
+    below: frozenset[str]  # of them, the layers below its cut
 
 
 def failure_of(reply: Message) -> TightbeamError | None:
@@ -53,7 +54,7 @@ class FederatedLora(Strategy):
         self.combiner = combiner_for(scenario)
         self._nodes = {node.profile.name: node for node in nodes}
         self._by_id = {node.node_id: node for node in self._nodes.values()}
-        self._state = GlobalAdapter(LoraAdapter({}, {}))
+        self._state, self._number = GlobalAdapter(LoraAdapter({}, {})), 0
         self._sent: dict[int, Message] = {}
         self._secure: SecureRounds | None = None
         if scenario.strategy.secure:
@@ -163,7 +164,7 @@ class FederatedLora(Strategy):
         nodes: Iterable[Node],
         message_type: str,
     ) -> list[Message]:
-        self._state = GlobalAdapter.from_arrays(from_record(arrays))
+        self._state, self._number = GlobalAdapter.from_arrays(from_record(arrays)), number
         messages = []
         for node in nodes:
             content = self._content(node, number)
@@ -176,7 +177,7 @@ class FederatedLora(Strategy):
         """One client's part of the global adapter, and what it has spent so far."""
         name, spent = node.profile.name, self.journal.spent(node.profile.name)
         own, fold = self._state.for_client(
-            node.layers.modules, node.profile.options.r, self.scenario.adapter.scale, self._seed(number)
+            node.layers.shapes(), node.profile.options.r, self.scenario.adapter.scale, self._seed(number)
         )
         before = self.journal.of_client(name, "client_round", "client_eval")
         config = ConfigRecord(
@@ -192,7 +193,15 @@ class FederatedLora(Strategy):
         return RecordDict(records | ({"fold": to_record(fold)} if fold else {}))
 
     def _seed(self, number: int) -> int:
-        return self.scenario.seed + number
+        """Of the directions that widen a rank; a frozen bottom must not change in them either."""
+        return self.scenario.seed + min(number, self.scenario.train.freeze_bottom_after or number)
+
+    def _trained(self, node: Node) -> LoraAdapter:
+        """What a client hands back in this round: once the bottom is frozen, nothing below its cut."""
+        freeze = self.scenario.train.freeze_bottom_after
+        if freeze is None or self._number <= freeze:
+            return node.layers
+        return restricted(node.layers, node.layers.shapes().keys() - node.below)
 
     def _account(self, reply: Message) -> Row:
         """Status, bytes and figures of one exchange."""
@@ -219,7 +228,7 @@ class FederatedLora(Strategy):
         row = self._account(reply)
         if row["status"] != "ok":
             return row, None
-        layers = frozenset(node.layers.modules)
+        layers = frozenset(self._trained(node).shapes())
         try:
             # Of a masked update there is nothing to check: its owner has, before the masks.
             update = None if self._secure else self._update(node, reply, row["weight"])
@@ -235,10 +244,11 @@ class FederatedLora(Strategy):
         name, given = node.profile.name, from_record(reply.content.array_records["arrays"])
         if self.scenario.strategy.name == "ffa":  # A is frozen, so only B comes back
             sent = from_record(self._sent[node.node_id].content.array_records["arrays"])
-            given = {tensor: array for tensor, array in sent.items() if ".lora_A." in tensor} | given
+            frozen = {m.names[0] for m in self._trained(node).modules.values()}
+            given = {tensor: array for tensor, array in sent.items() if tensor in frozen} | given
         update = Update(name, weight, given, self.scenario.adapter.scale)
-        rank = check_update(update, node.layers).rank
-        if rank != node.profile.options.r:
+        found = check_update(update, self._trained(node))
+        if found.modules and (rank := found.rank) != node.profile.options.r:
             raise UpdateRefusedError(
                 f"The update of {name} is refused: it has rank {rank}, not {node.profile.options.r}.",
                 cure="The other clients' updates are not affected.",

@@ -1,0 +1,20 @@
+"""One client in one round: it wears the adapter that it is sent, trains it, hands it back.
+
+No Flower here: arrays in, arrays and figures out. Names of arrays are those of PEFT's files.
+"""
+
+from tightbeam.edge.federation.adapter import SplitAdapter
+from tightbeam.edge.federation.lender import AdapterShape, Lender, held_bytes, pad_id
+from tightbeam.edge.federation.work import CachePlace, LocalTask, Work, Workplace
+
+__all__ = [
+    "AdapterShape",
+    "CachePlace",
+    "Lender",
+    "LocalTask",
+    "SplitAdapter",
+    "Work",
+    "Workplace",
+    "held_bytes",
+    "pad_id",
+]
