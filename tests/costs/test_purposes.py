@@ -10,6 +10,7 @@ import yaml
 
 from support.cached_runs import cached_recipe, save_model, train_over
 from support.in_process import InProcessCloud
+from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.common.costs import StepBytes, StepRow, read_ledger
 from tightbeam.common.costs.report import to_html
 from tightbeam.common.costs.schema import Edge
@@ -26,7 +27,9 @@ ROW_BYTES = 2 * D * 4
 def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
     folder = tmp_path_factory.mktemp("model")
     save_model(folder)
-    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud")) as running:
+    (folder / "public.txt").write_text("It was the best of times, it was the worst of times. " * 20)
+    fit = ProjectionOptions(file=folder / "p.safetensors", text=folder / "public.txt", size=4)
+    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud"), projection=fit) as running:
         yield running
 
 
@@ -150,6 +153,32 @@ def test_a_run_in_top_is_predicted_and_compared(cloud: InProcessCloud, tmp_path:
         edge.seconds.wall
     )
     assert '<th scope="row">fill</th>' in to_html(costs)
+
+
+@pytest.mark.parametrize(("taps", "codec"), [(2, "fp32"), (2, "int4"), (0, "fp32")])
+def test_a_run_in_side_is_predicted_with_its_taps(
+    cloud: InProcessCloud, tmp_path: Path, taps: int, codec: str
+) -> None:
+    recipe = cached_recipe(
+        tmp_path, mode="side", side={"taps": taps, "width": 16, "heads": 2}, codec=codec,
+        data={"eval_fraction": 0.2}, train={"checkpoint_every": 0},
+    )  # fmt: skip
+    result, _ = train_over(cloud, recipe)
+    costs = summarise([result.folder.path])
+    (edge,), modes = costs.edges, {mode.mode: mode for mode in costs.modes}
+    assert edge.prediction is not None
+    assert edge.prediction.predicted_payload_bytes == edge.prediction.measured_payload_bytes > 0
+    assert modes["side"].measured
+    assert modes["side"].payload_bytes == edge.prediction.measured_payload_bytes
+    assert (modes["top"].payload_bytes < modes["side"].payload_bytes) == (taps > 0)
+    assert [mode for mode in modes if modes[mode].measured] == ["side"]
+    row = json.loads(result.folder.ledger.read_text().splitlines()[0])
+    assert (row["num_taps"], row["tap_size"]) == (taps, 4 if taps else 0)
+
+
+def test_a_ledger_of_side_without_tap_sizes_is_not_predicted(tmp_path: Path) -> None:
+    edge = _edge(tmp_path / "a", "side", _step(1, "fill"), _optimizer(1))
+    assert edge.prediction is None
 
 
 def test_without_a_cache_forwards_are_training_and_evaluation(cloud: InProcessCloud, tmp_path: Path) -> None:

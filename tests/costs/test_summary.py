@@ -103,6 +103,14 @@ def test_token_bytes_by_codec() -> None:
         TokenBytes.of(100, dict.fromkeys(names, "fp17"))
 
 
+def test_taps_are_rows_of_their_own() -> None:
+    names = ("activations_up", "activations_down", "gradients_up", "gradients_down")
+    plain = TokenBytes.of(100, dict.fromkeys(names, "int8"))
+    tapped = TokenBytes.of(100, dict.fromkeys(names, "int8"), num_taps=3, tap_size=7)
+    assert tapped.forward == plain.forward + 3 * (4 + 7)
+    assert TokenBytes.of(100, dict.fromkeys(names, "int8"), tap_size=7) == plain
+
+
 def test_a_delta_codec_adds_key_and_digests_to_every_training_sequence() -> None:
     names = ("activations_up", "activations_down", "gradients_up", "gradients_down")
     alone = TokenBytes.of(100, dict.fromkeys(names, "int8"))

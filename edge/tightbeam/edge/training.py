@@ -35,7 +35,7 @@ from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.progress import TrainingProgress
 from tightbeam.edge.records import read_records
-from tightbeam.edge.side import add_side
+from tightbeam.edge.side import add_side, side_of
 from tightbeam.proto.backbone_pb2 import Card
 
 __all__ = ["INTERRUPTED", "LoadedModel", "StepObserver", "TrainResult", "train_recipe"]
@@ -362,6 +362,7 @@ class _Training:
     def _describe(self) -> None:
         dtype, device = str(self.model.dtype).removeprefix("torch."), str(self.model.device)
         self.folder.write_env(device=device, dtype=dtype)
+        side = side_of(self.model)
         self._row(
             "run",
             run=self.loaded.run or self.recipe.output.name,
@@ -372,6 +373,7 @@ class _Training:
             dtype=dtype,
             mode=self.recipe.mode,
             hidden_size=int(self.loaded.model.config.get_text_config().hidden_size),
+            **({} if side is None else {"num_taps": len(side.plan.taps), "tap_size": side.plan.tap_size}),
         )
         for row in self.loaded.ledger_rows:
             self._append(row)

@@ -21,6 +21,8 @@ _RULES = {
     "freeze": f"4d per token of every training step until the freeze, then 2d: {_ONCE}",
     "top": f"2d per token; {_ONCE}",
     "top, uncached": "2d per token of every training step and evaluation",
+    "side": f"2d and the taps per token; {_ONCE}",
+    "side, uncached": "2d and the taps per token of every training step and evaluation",
 }
 NUM_TAPS = 8
 _TENSORS = ("activations_up", "activations_down", "gradients_up", "gradients_down")
@@ -30,7 +32,7 @@ TAP_SHARE = 1 / 16
 
 @dataclass(frozen=True, slots=True)
 class TokenBytes:
-    """Payload bytes of one token's row in each of the four tensors."""
+    """Payload bytes of one token's row in each of the four tensors, and of its taps."""
 
     activations_up: float
     activations_down: float
@@ -38,10 +40,13 @@ class TokenBytes:
     gradients_down: float
     per_sequence: float = 0.0
     """Sample key and digests of a sequence in a training forward, with a delta codec."""
+    taps_down: float = 0.0
 
     @classmethod
-    def of(cls, hidden_size: int, codecs: Mapping[str, str]) -> "TokenBytes":
-        """Ask each codec how long a row of `hidden_size` gets; `CodecError` for an unknown one."""
+    def of(
+        cls, hidden_size: int, codecs: Mapping[str, str], *, num_taps: int = 0, tap_size: int = 0
+    ) -> "TokenBytes":
+        """Ask each codec how long rows and taps of these sizes get; `CodecError` for an unknown one."""
         from tightbeam.common.wire.codecs import codec  # needs torch, which a price table does not
         from tightbeam.common.wire.delta import CHECK_BYTES, KEY_BYTES
 
@@ -49,12 +54,17 @@ class TokenBytes:
             name: codec(codecs[name].removeprefix(DELTA)).num_bytes((1, hidden_size)) for name in _TENSORS
         }
         deltas = sum(codecs[name].startswith(DELTA) for name in _TENSORS)
-        return cls(**rows, per_sequence=KEY_BYTES + deltas * CHECK_BYTES if deltas else 0)
+        down = codec(codecs["activations_down"].removeprefix(DELTA))
+        return cls(
+            **rows,
+            per_sequence=KEY_BYTES + deltas * CHECK_BYTES if deltas else 0,
+            taps_down=num_taps * down.num_bytes((1, tap_size)) if num_taps else 0,
+        )
 
     @property
     def forward(self) -> float:
-        """Activations up and down."""
-        return self.activations_up + self.activations_down
+        """Activations up and down, and taps."""
+        return self.activations_up + self.activations_down + self.taps_down
 
     @property
     def training(self) -> float:
@@ -157,8 +167,8 @@ def mode_costs(
 
 
 def _ran(edge: Edge) -> str:
-    if edge.mode == "top":
-        return "top" if edge.fill_tokens or not edge.training_tokens else "top, uncached"
+    if edge.mode in ("top", "side"):
+        return edge.mode if edge.fill_tokens or not edge.training_tokens else f"{edge.mode}, uncached"
     return "freeze" if edge.fill_tokens else "ushape"
 
 
@@ -167,10 +177,8 @@ def _job(edge: Edge, passes: float) -> _Job:
     training_tokens, evaluation_tokens = edge.training_tokens, edge.evaluation_tokens
     forward_flops = edge.cloud_flops.get("forward", 0)
     evaluation_flops = edge.cloud_flops.get("evaluation", 0)
-    if _ran(edge) in (
-        "freeze",
-        "top",
-    ):  # most tokens did not cross: ask the training loop how many there were
+    if _ran(edge) in ("freeze", "top", "side"):
+        # most tokens did not cross: ask the training loop how many there were
         crossed = training_tokens + evaluation_tokens + edge.fill_tokens
         per_token = (forward_flops + evaluation_flops + edge.cloud_flops.get("fill", 0)) / max(crossed, 1)
         training_tokens, evaluation_tokens = edge.trained_tokens, edge.evaluated_tokens

@@ -35,6 +35,8 @@ class RunRow(_Row):
     mode: str
     hidden_size: int | None = None
     num_blocks: int | None = None
+    num_taps: int = 0
+    tap_size: int | None = None  # elements; unknown in ledgers of mode side without it
 
     def codecs(self) -> dict[str, str]:
         """Codec by tensor: activations and gradients, up and down; "auto" by what it stands for."""

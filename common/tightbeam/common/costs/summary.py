@@ -186,12 +186,14 @@ class _Grid:
 
 def _prediction(record: RunRecords, by_kind: dict[str, list[StepRow]]) -> Prediction | None:
     run = record.runs[-1]
-    if run.hidden_size is None or run.mode not in ("ushape", "top"):
+    if run.hidden_size is None or run.mode not in ("ushape", "top", "side"):
+        return None
+    if run.mode == "side" and run.tap_size is None:
         return None
     tokens = {kind: sum(row.tokens for row in rows) for kind, rows in by_kind.items()}
     moved = [row.bytes for rows in by_kind.values() for row in rows]
     return predict(
-        TokenBytes.of(run.hidden_size, run.codecs()),
+        TokenBytes.of(run.hidden_size, run.codecs(), num_taps=run.num_taps, tap_size=run.tap_size or 0),
         training_tokens=tokens["backward"],
         evaluation_tokens=tokens["evaluation"] + tokens["forward"] - tokens["backward"],
         fill_tokens=tokens.get("fill", 0),

@@ -11,7 +11,6 @@ from peft import PeftModel
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.modes import TokenBytes
 from tightbeam.common.errors import BudgetError
-from tightbeam.common.wire.codecs import codec
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.data import Example
 
@@ -38,9 +37,9 @@ class Budget:
         stepper = FrozenParts.of(base).trunk.stepper
         codecs, taps = stepper.codecs, stepper.taps
         width = int(base.config.get_text_config().hidden_size)
-        row = TokenBytes.of(width, codecs.model_dump())
-        tapped = len(taps.blocks) * codec(codecs.activations_down).num_bytes((1, taps.size)) if taps else 0
-        return cls(recipe.train.max_mb * 1e6, row.forward + tapped, row.training)
+        tapped = {"num_taps": len(taps.blocks), "tap_size": taps.size} if taps else {}
+        row = TokenBytes.of(width, codecs.model_dump(), **tapped)
+        return cls(recipe.train.max_mb * 1e6, row.forward, row.training)
 
     def training(self, examples: Iterable[Example]) -> float:
         """Bytes of a forward and a backward over examples."""
