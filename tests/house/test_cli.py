@@ -57,13 +57,25 @@ def test_a_heavy_import_would_be_seen() -> None:
 
 def test_help_names_every_command() -> None:
     text = tightbeam("--help").stdout
-    names = ("serve", "train", "data", "doctor", "report", "certs", "demo", "config", "usage")
+    names = ("serve", "train", "data", "doctor", "report", "certs", "demo", "config", "usage", "federate")
     assert [name for name in names if f"\n  {name} " not in text] == []
 
 
 @pytest.mark.parametrize(
     "words",
-    [["serve"], ["train"], ["data", "check"], ["doctor"], ["report"], ["certs", "init"], ["demo"], ["usage"]],
+    [
+        ["serve"],
+        ["train"],
+        ["data", "check"],
+        ["doctor"],
+        ["report"],
+        ["certs", "init"],
+        ["demo"],
+        ["usage"],
+        ["certs", "federation"],
+        ["federate", "run"],
+        ["federate", "register"],
+    ],
     ids=" ".join,
 )
 def test_every_command_explains_itself(words: list[str]) -> None:
