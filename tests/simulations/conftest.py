@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from support.federations import Playground, save_backbone
+from support.clouds import CloudProcess
+from support.federations import Playground, Signed, save_backbone
 from support.in_process import InProcessCloud
 from tightbeam.cloud.projections import ProjectionOptions
+from tightbeam.common.authority import init_certificates
 
 
 @pytest.fixture(scope="session")
@@ -24,6 +26,28 @@ def federation_cloud(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -
     with InProcessCloud(backbone, folder, projection=projection) as cloud:
         cloud.listen()
         yield cloud
+
+
+@pytest.fixture(scope="session")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Identities of a cloud and five clients."""
+    folder = tmp_path_factory.mktemp("identities") / "certs"
+    init_certificates(folder, clients=[f"client-{number:02d}" for number in range(5)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tls_cloud(
+    backbone: Path, certs: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[CloudProcess]:
+    folder = tmp_path_factory.mktemp("tls-cloud")
+    with CloudProcess(backbone, folder, "--identity", str(certs / "cloud")) as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def signed(tls_cloud: CloudProcess, certs: Path, backbone: Path, tmp_path: Path) -> Signed:
+    return Signed(Playground(tls_cloud.address, tmp_path, backbone), certs)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from tightbeam.common.errors import (
     RecipeError,
     UsageError,
 )
+from tightbeam.simulations.grid import InProcessGrid
 from tightbeam.simulations.scenario import Scenario
 
 
@@ -164,6 +165,58 @@ def test_a_device_that_is_too_small_leaves_and_without_anybody_the_run_ends(play
     with pytest.raises(FederationError, match="Every client has left"):
         playground.run(scenario)
     assert "its device has 0 MB" in playground.rows(scenario, "client_round")[0]["reason"]
+
+
+def _arriving(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """The last client's node comes up only after so many looks."""
+    looks = iter(range(10**6))
+    everybody = InProcessGrid.get_node_ids
+
+    def get_node_ids(self: InProcessGrid) -> list[int]:
+        ids = list(everybody(self))
+        return ids if next(looks) >= after else ids[:-1]
+
+    monkeypatch.setattr(InProcessGrid, "get_node_ids", get_node_ids)
+
+
+def test_a_client_joins_in_a_later_round(playground: Playground, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cut of its own: layers that nobody had before begin afresh, the shared ones go on."""
+    groups = {"there": {"clients": 2}, "late": {"clients": 1, "cut": "2:2"}}
+    _arriving(monkeypatch, after=2)  # a look before round 1, one before each round
+    scenario = playground.scenario(rounds=3, wait_for=2, groups=groups, train={"lr": 2e-2})
+    printed = playground.run(scenario)
+    rounds = [
+        {row["client"] for row in playground.rows(scenario, "client_round") if row["round"] == number}
+        for number in (1, 2, 3)
+    ]
+    assert rounds[0] == {"client-00", "client-01"}
+    assert rounds[1] == rounds[2] == {"client-00", "client-01", "client-02"}
+    assert "round 2: client-02 has joined" in printed
+    blocks = {name.split(".layers.")[1].split(".")[0] for name in playground.state(scenario)}
+    assert blocks == {"0", "1", "4", "5"}
+    assert playground.report(scenario)["clients"][2]["rounds"] == 2
+
+
+def test_a_newcomer_that_does_not_fit_is_named_and_the_others_go_on(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    groups = {"there": {"clients": 2}, "late": {"clients": 1, "cut": "5:5"}}
+    _arriving(monkeypatch, after=1)
+    scenario = playground.scenario(rounds=2, wait_for=2, groups=groups)
+    printed = playground.run(scenario)
+    assert "round 1: node 4 cannot join: " in printed
+    assert "5:5" in playground.rows(scenario, "joined")[0]["reason"]
+    assert [row["updates"] for row in playground.rows(scenario, "round")] == [2, 2]
+
+
+def test_without_waiting_for_fewer_the_server_waits_for_all(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _arriving(monkeypatch, after=2)
+    scenario = playground.scenario(rounds=1)
+    playground.run(scenario)
+    assert playground.rows(scenario, "round")[0]["updates"] == 3
+    assert not playground.rows(scenario, "joined")
 
 
 def test_an_unreachable_cloud_is_one_line_with_its_own_exit_code(playground: Playground) -> None:

@@ -134,7 +134,7 @@ def test_the_start_is_a_function_of_the_seed_alone(playground: Playground) -> No
 def test_flower_adds_noise_and_clips_for_privacy(playground: Playground) -> None:
     quiet = playground.scenario(rounds=1)
     noisy = playground.scenario(
-        rounds=1, strategy={"privacy": {"noise_multiplier": 1.0, "clipping_norm": 0.1}}
+        rounds=1, strategy={"weight": "equal", "privacy": {"noise_multiplier": 1.0, "clipping_norm": 0.1}}
     )
     playground.run(quiet)
     playground.run(noisy)

@@ -25,7 +25,7 @@ from tightbeam.simulations.experiment import run_apps, run_scenario
 from tightbeam.simulations.grid import ClientCall
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
-__all__ = ["TOPICS", "Playground", "save_backbone", "spoiled", "sums"]
+__all__ = ["TOPICS", "Playground", "Signed", "save_backbone", "spoiled", "sums"]
 
 TOPICS = ("plus", "minus", "times")
 NUM_BLOCKS = 6
@@ -121,6 +121,24 @@ class Playground:
         """What `federation.json` says."""
         found: dict[str, Any] = json.loads((scenario.folder / "federation.json").read_text(encoding="utf-8"))
         return found
+
+
+class Signed:
+    """Federations whose clients have identities; there are five."""
+
+    def __init__(self, playground: Playground, certs: Path) -> None:
+        self.playground, self.certs = playground, certs
+
+    def scenario(self, **changes: Any) -> Scenario:
+        """Four clients with their certificates."""
+        cloud = {"insecure": False, "identities": str(self.certs)}
+        return self.playground.scenario(**{"clients": 4, **changes}, cloud=cloud)
+
+    def run(self, **changes: Any) -> Scenario:
+        """Run such a scenario."""
+        scenario = self.scenario(**changes)
+        self.playground.run(scenario)
+        return scenario
 
 
 def spoiled(spoil: Callable[[int, Message], None]) -> ClientCall:

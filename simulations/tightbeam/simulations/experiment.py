@@ -8,6 +8,7 @@ report.html, federation.json, federation.csv         the report
 """
 
 import contextlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import Scenario
 from tightbeam.simulations.shards import client_files
 
-__all__ = ["Runtime", "require_flower", "run_apps", "run_scenario"]
+__all__ = ["Runtime", "require_accountant", "require_flower", "run_apps", "run_scenario"]
 
 if TYPE_CHECKING:
     from tightbeam.simulations.grid import ClientCall
@@ -59,13 +60,16 @@ def run_scenario(
         from tightbeam.simulations.runtimes import require_ray
 
         require_ray()
+    if scenario.strategy.privacy is not None:
+        require_accountant()
     console = console or Console(stderr=True)
     folder = scenario.folder
     if not resume and (folder / "ledger.jsonl").exists():
         _refuse(folder)
     client_files(scenario, folder, scenario.profiles()[0].name)  # an impossible partition is told first
     with signals_as_exit(), _cloud(scenario, folder, console) as (address, identities):
-        atomic_write(folder / "scenario.yaml", yaml.safe_dump(scenario.model_dump(mode="json")))
+        text = yaml.safe_dump(scenario.model_dump(mode="json"), sort_keys=False)  # groups have an order
+        atomic_write(folder / "scenario.yaml", text)
         if runtime == "in-process":
             run_apps(scenario, address, identities, console=console, resume=resume)
         else:
@@ -86,6 +90,19 @@ def require_flower() -> None:
     version = tuple(int(part) for part in found.split(".")[:2])
     if not _FLOWER[0] <= version < _FLOWER[1]:
         raise UsageError(f"flwr {found} is installed.", cure='Run `pip install "flwr>=1.41,<1.43"`.')
+
+
+def require_accountant() -> None:
+    """Refuse to start a private federation that could not say what its privacy is.
+
+    Raises:
+        UsageError: Flower's accountant is not installed.
+
+    """
+    if importlib.util.find_spec("dp_accounting") is None:
+        raise UsageError(
+            "strategy.privacy needs Flower's accountant.", cure='Run `pip install "tightbeam[privacy]"`.'
+        )
 
 
 def run_apps(

@@ -23,6 +23,7 @@ from tightbeam.simulations.profiles import DEVICES, NETWORKS, Budget, DeviceProf
 
 __all__ = [
     "FLOWER_STRATEGIES",
+    "SECURE_STRATEGIES",
     "AdapterSection",
     "ClientProfile",
     "ClientSection",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 FLOWER_STRATEGIES = ("fedavgm", "fedadam", "fedyogi", "fedmedian", "krum")
+SECURE_STRATEGIES = ("fedit", "ffa", "fedavgm", "fedadam", "fedyogi")  # linear in the updates, up to the mean
 _ONE_SHAPE = ("fedit", *FLOWER_STRATEGIES)  # need the same rank everywhere
 _BY_LAYER = ("fedit", "ffa", "flexlora", "hetlora", "zeropad")  # a layer may come and go between rounds
 _CUT = r"^\d+:\d+$"
@@ -121,10 +123,20 @@ class TrainSection(Section):
 
 
 class PrivacySection(Section):
-    """Central differential privacy, by Flower's fixed clipping at the server and its accountant."""
+    """Differential privacy of whole clients, by Flower's strategies, mods and accountant."""
 
     noise_multiplier: float = Field(gt=0, description="Noise over clipping norm.")
-    clipping_norm: float = Field(gt=0, description="Longest update of a client, L2.")
+    clipping_norm: float = Field(
+        gt=0, description="Longest update of a client, L2; of the first round if adaptive."
+    )
+    where: Literal["server", "client"] = Field(
+        default="server",
+        description="Who clips. In secure runs the client, and it adds its part of the noise.",
+    )
+    clipping: Literal["fixed", "adaptive"] = Field(
+        default="fixed", description="adaptive: the norm follows a quantile of the updates' lengths."
+    )
+    quantile: float = Field(default=0.5, ge=0, le=1, description="Share of updates to clip, if adaptive.")
     delta: float = Field(default=1e-5, gt=0, lt=1, description="Delta of (epsilon, delta).")
 
 
@@ -135,9 +147,9 @@ class StrategySection(Section):
         "fedit", "ffa", "flora", "flexlora", "hetlora", "zeropad",
         "fedavgm", "fedadam", "fedyogi", "fedmedian", "krum",
     ] = Field(default="fedit", description="See docs/federation-math.md.")  # fmt: skip
-    weight: Literal["examples", "tokens"] = Field(
+    weight: Literal["examples", "tokens", "equal"] = Field(
         default="examples",
-        description="What a client counts by: its training examples, or the tokens it learned this round.",
+        description="What a client counts by: its examples, the tokens it learned in the round, or as any.",
     )
     server_lr: float = Field(default=1.0, gt=0, description="fedavgm, fedadam, fedyogi.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="fedavgm; beta_1 of fedadam, fedyogi.")
@@ -243,6 +255,11 @@ class Scenario(Section):
     clients: int = Field(ge=1, description="How many there are.")
     rounds: int = Field(ge=1, description="How often adapters are exchanged.")
     sample: int | None = Field(default=None, ge=1, description="Clients per round; all if left out.")
+    wait_for: int | None = Field(
+        default=None,
+        ge=1,
+        description="Clients to wait for before the first round; others join as they come.",
+    )
     eval_every: int = Field(
         default=0, ge=0, description="Rounds between evaluations at all clients; 0: start and end."
     )
@@ -272,6 +289,8 @@ class Scenario(Section):
     def _counts(self) -> str:
         if self.sample is not None and self.sample > self.clients:
             return f"sample is {self.sample}, but there are {self.clients} clients"
+        if self.wait_for is not None and self.wait_for > self.clients:
+            return f"wait_for is {self.wait_for}, but there are {self.clients} clients"
         grouped = sum(group.clients for group in self.groups.values())
         if grouped > self.clients:
             return f"the groups have {grouped} clients, but there are {self.clients}"
@@ -313,10 +332,22 @@ class Scenario(Section):
         return ""
 
     def _privacy(self) -> str:
-        if self.strategy.secure and self.strategy.name not in ("fedit", "ffa"):
-            return "strategy.secure goes with fedit and ffa: the others must see single updates"
-        if self.strategy.privacy and self.strategy.name != "fedit":
-            return "strategy.privacy goes with fedit"
+        section, privacy = self.strategy, self.strategy.privacy
+        if section.secure and section.name not in SECURE_STRATEGIES:
+            return f"strategy.secure goes with {', '.join(SECURE_STRATEGIES)}: the others see single updates"
+        if privacy is None:
+            return ""
+        if section.name not in ("fedit", "ffa"):
+            return "strategy.privacy goes with fedit and ffa"
+        if section.weight != "equal":
+            return "strategy.privacy needs weight: equal: else who has many examples moves the mean further"
+        if section.secure and (privacy.where, privacy.clipping) != ("client", "fixed"):
+            return (
+                "strategy.secure with privacy needs where: client, clipping: fixed: nobody else sees updates"
+            )
+        most = self.sampled / 10  # Flower spends a part of the noise on the count of clipped clients
+        if privacy.clipping == "adaptive" and privacy.noise_multiplier >= most:
+            return f"adaptive clipping of {self.sampled} clients needs a noise_multiplier below {most:g}"
         return ""
 
     @property

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from tightbeam.common.costs.rows import StepRow
@@ -26,7 +26,8 @@ from tightbeam.edge.federation import Lender, LocalTask
 from tightbeam.simulations.apps.figures import backbone_facts, figures_of, weight_bytes_of
 from tightbeam.simulations.apps.limits import affordable_codec, require_memory
 from tightbeam.simulations.apps.participant import Client, Leaving
-from tightbeam.simulations.apps.secure import answer_step, certificate_of, mask_update
+from tightbeam.simulations.apps.privacy import clipped_reply
+from tightbeam.simulations.apps.secure import answer_step, certificate_of, masked_reply, shown
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.budgets import codec_text
 from tightbeam.simulations.global_adapter import from_record, to_record
@@ -104,13 +105,15 @@ def layers(message: Message, context: Context) -> Message:
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the asked steps from the global adapter and hand in the result."""
-    return _answer(message, context, lambda client: _train(client, context, message.content))
+    return clipped_reply(
+        message, context, _answer(message, context, lambda client: _train(client, context, message.content))
+    )
 
 
 @app.evaluate()
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global adapter on what this client held out."""
-    return _answer(message, context, lambda client: _evaluate(client, message.content))
+    return _answer(message, context, lambda client: _evaluate(client, context, message.content))
 
 
 def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
@@ -141,24 +144,21 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
     slow = 1.0
     if client.draw("straggler", number).random() < scenario.faults.straggler:
         slow = scenario.faults.slowdown
-    weight = work.learned_tokens if scenario.strategy.weight == "tokens" else len(learn)
+    weight = {"tokens": work.learned_tokens, "examples": len(learn), "equal": 1}[scenario.strategy.weight]
     reply = _notes(client=client.profile.name, status="ok", run=run, codec=codec_text(codec))
     up_bytes = update.count_bytes()
     if client.scenario.strategy.secure:
-        inbox = content.config_records["secure"]["inbox"]
-        assert isinstance(inbox, bytes)
-        masked = mask_update(client, context, inbox, from_record(update), weight)
+        masked = masked_reply(client, context, content, from_record(update), weight, work.loss)
         reply.config_records["notes"]["secure"], up_bytes = masked, len(masked)
     else:
         reply.array_records["arrays"] = update
     figures = figures_of(client, content, work, up_bytes, first, slow)
-    reply.metric_records["metrics"] = MetricRecord(
-        {"weight": weight, "examples": len(learn), "adapter-up-bytes": up_bytes, **figures}
-    )
+    metrics = {"weight": weight, "examples": len(learn), "adapter-up-bytes": up_bytes, **figures}
+    reply.metric_records["metrics"] = shown(metrics, secure=scenario.strategy.secure)
     return reply
 
 
-def _evaluate(client: Client, content: RecordDict) -> RecordDict:
+def _evaluate(client: Client, context: Context, content: RecordDict) -> RecordDict:
     config, rows = content.config_records["config"], list[StepRow]()
     run = f"{client.profile.name}-e{int(str(config['server-round']))}-{uuid.uuid4().hex[:8]}"
     with client.cloud(run, rows) as cloud:
@@ -175,8 +175,14 @@ def _evaluate(client: Client, content: RecordDict) -> RecordDict:
             place.lent.undress()
         first = weight_bytes_of(cloud, options.cut)
     figures = figures_of(client, content, work, 0, first, 1.0)
-    metrics = MetricRecord({"weight": work.learned_tokens, "examples": len(held_out), **figures})
-    return RecordDict({"metrics": metrics, **_notes(client=client.profile.name, status="ok", run=run)})
+    reply, weight = _notes(client=client.profile.name, status="ok", run=run), work.learned_tokens
+    metrics = {"weight": weight, "examples": len(held_out), **figures}
+    secure = client.scenario.strategy.secure
+    if secure:
+        masked = masked_reply(client, context, content, {}, weight, work.loss)
+        reply.config_records["notes"]["secure"] = masked
+    reply.metric_records["metrics"] = shown(metrics, secure=secure)
+    return reply
 
 
 def _received(content: RecordDict) -> tuple[dict[str, Any], LoraAdapter | None]:

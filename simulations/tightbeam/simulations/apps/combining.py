@@ -4,7 +4,8 @@ Clients with different cuts have different layers. So layers are combined in gro
 clients have go through the aggregator together, and a layer that nobody had in a round stays as it was. A
 ladder of mode side is averaged among those who have one of its kind.
 
-Flower's strategies see what their own FedAvg would: one record of arrays per client, all of one shape.
+Flower's strategies see what their own FedAvg would: one record of arrays per client, all of one shape. After
+a secure round they see one record, the mean, and do with it what they had done with that of the clients' own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,17 +13,41 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import DifferentialPrivacyServerSideFixedClipping as Private
-from flwr.serverapp.strategy import FedAdam, FedAvg, FedAvgM, FedMedian, FedYogi, Krum, Strategy
+from flwr.serverapp.strategy import FedAdam, FedAvgM, FedMedian, FedYogi, Krum, Strategy
 from numpy.typing import NDArray
 
-from tightbeam.common.federation import Aggregate, LoraAdapter, Update, aggregator_named, parse_adapter
-from tightbeam.simulations.global_adapter import GlobalAdapter, from_record
+from tightbeam.common.federation import (
+    Aggregate,
+    Arrays,
+    LoraAdapter,
+    Update,
+    aggregator_named,
+    parse_adapter,
+)
+from tightbeam.simulations.apps.privacy import (
+    ADAPTIVE,
+    Accounting,
+    Adaptive,
+    Chosen,
+    adaptive_multiplier,
+    measurable,
+    private_strategy,
+)
+from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
 from tightbeam.simulations.scenario import FLOWER_STRATEGIES, Scenario
 
-__all__ = ["Accepted", "ByAggregator", "ByFlower", "Combined", "Combiner", "combiner_for"]
+__all__ = [
+    "Accepted",
+    "ByAggregator",
+    "ByFlower",
+    "ByPrivateFlower",
+    "Combined",
+    "Combiner",
+    "combiner_for",
+    "trained_part",
+]
 
 Memory = dict[str, NDArray[np.floating[Any]]]
 _REMEMBERED = ("momentum_vector", "m_t", "v_t")
@@ -49,11 +74,16 @@ class Combined:
 class Combiner(Protocol):
     """One way to combine."""
 
-    def prepare(self, number: int, sent: ArrayRecord, grid: Grid) -> None:
-        """Hear what all clients were sent."""
+    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
+        """Hear what the chosen clients are sent; what they must be told beside it."""
+        ...  # a Protocol's body
 
     def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
         """Combine a round's updates, at least one."""
+        ...  # a Protocol's body
+
+    def after_mean(self, state: GlobalAdapter, number: int, mean: Arrays) -> Combined:
+        """Go on from a secure round's mean: nobody knows more than that."""
         ...  # a Protocol's body
 
     def memory(self) -> Memory:
@@ -64,12 +94,19 @@ class Combiner(Protocol):
         """Inverse of `memory`."""
 
 
-def combiner_for(scenario: Scenario) -> Combiner:
-    """What the scenario's strategy section asks for."""
+def combiner_for(scenario: Scenario, accounting: Accounting | None) -> Combiner:
+    """What the scenario's strategy section asks for; `accounting` where it asks for privacy."""
     section = scenario.strategy
-    if section.privacy is not None or section.name in FLOWER_STRATEGIES:
-        return ByFlower(scenario)
-    return ByAggregator(scenario)
+    if accounting is not None and not section.secure:
+        return ByPrivateFlower(scenario, accounting)
+    return ByFlower(scenario) if section.name in FLOWER_STRATEGIES else ByAggregator(scenario)
+
+
+def trained_part(arrays: Arrays, scenario: Scenario) -> Arrays:
+    """What clients hand in of what they were sent: without A, where it is frozen."""
+    if scenario.strategy.name != "ffa":
+        return arrays
+    return {name: array for name, array in arrays.items() if ".lora_A." not in name}
 
 
 class ByAggregator:
@@ -80,8 +117,9 @@ class ByAggregator:
         self._aggregator = aggregator_named(scenario.strategy.name)
         self._rank = max(profile.options.r for profile in scenario.profiles())
 
-    def prepare(self, number: int, sent: ArrayRecord, grid: Grid) -> None:
+    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
         """Nothing: aggregators hold no state."""
+        return ConfigRecord()
 
     def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
         """Combine group by group."""
@@ -99,6 +137,10 @@ class ByAggregator:
             after = state.after(whole.adapter)
         return Combined(after, notes, whole.relative_error() if means else None)
 
+    def after_mean(self, state: GlobalAdapter, number: int, mean: Arrays) -> Combined:
+        """Take it."""
+        return Combined(state.after(parse_adapter(mean, self._scenario.adapter.scale, "the sum")))
+
     def memory(self) -> Memory:
         """Nothing."""
         return {}
@@ -115,19 +157,32 @@ class ByFlower:
     """Flower's own strategies, on adapters of one shape."""
 
     def __init__(self, scenario: Scenario) -> None:
-        self._scale = scenario.adapter.scale
+        self._scenario = scenario
         self._strategy = _flower_strategy(scenario)
+        self._name = type(self._strategy).__name__
 
-    def prepare(self, number: int, sent: ArrayRecord, grid: Grid) -> None:
+    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
         """Let the strategy note the arrays that this round starts from; its messages are not used."""
         list(self._strategy.configure_train(number, sent, ConfigRecord(), grid))
+        return ConfigRecord()
 
     def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
         """Hand Flower the clients' replies."""
-        record, _ = self._strategy.aggregate_train(number, [one.reply for one in accepted])
+        return self._combined(state, number, [one.reply for one in accepted])
+
+    def after_mean(self, state: GlobalAdapter, number: int, mean: Arrays) -> Combined:
+        """Hand Flower the mean as if there were one client."""
+        content = RecordDict({"arrays": to_record(mean), "metrics": MetricRecord({"weight": 1})})
+        return self._combined(state, number, [Message(content, 1, MessageType.TRAIN)])
+
+    def _combined(
+        self, state: GlobalAdapter, number: int, replies: list[Message], frozen: Arrays | None = None
+    ) -> Combined:
+        record, _ = self._strategy.aggregate_train(number, replies)
         assert record is not None, "there is at least one reply"
-        adapter = parse_adapter(from_record(record), self._scale, "the aggregate")
-        return Combined(state.after(adapter), (f"combined by Flower's {type(self._strategy).__name__}",))
+        arrays = from_record(record) | dict(frozen or {})
+        adapter = parse_adapter(arrays, self._scenario.adapter.scale, "the aggregate")
+        return Combined(state.after(adapter), (f"combined by Flower's {self._name}",))
 
     def memory(self) -> Memory:
         """Momenta, by their attribute's name and the array's."""
@@ -148,6 +203,53 @@ class ByFlower:
                 setattr(self._strategy, name, own)
 
 
+class ByPrivateFlower(ByFlower):
+    """Flower's differential privacy around its own FedAvg; with ffa over B alone."""
+
+    def __init__(self, scenario: Scenario, accounting: Accounting) -> None:
+        self._scenario, self._accounting = scenario, accounting
+        self._private = private_strategy(scenario, accounting)
+        self._strategy = self._private
+        self._name = type(self._private).__name__
+        self._frozen: Arrays = {}
+        self._trained = ArrayRecord()
+
+    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
+        """Give the strategy the arrays to clip against; hand on the norm that it has for the clients."""
+        arrays = from_record(sent)
+        trained = trained_part(arrays, self._scenario)
+        self._frozen = {name: array for name, array in arrays.items() if name not in trained}
+        assert isinstance(self._private.strategy, Chosen)
+        self._private.strategy.num_chosen = self._private.num_sampled_clients = num_chosen
+        config = ConfigRecord({"server-round": number})
+        self._trained = to_record(trained)
+        list(self._private.configure_train(number, self._trained, config, grid))
+        if isinstance(self._private, Adaptive):
+            config[ADAPTIVE] = True
+        return config
+
+    def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
+        """Hand Flower the replies, have it add its noise, and count the round."""
+        # A mean over fewer clients moves further with each of them: the noise is for those who are there.
+        self._private.num_sampled_clients = len(accepted)
+        norm = self._private.clipping_norm
+        for one in accepted:
+            records = one.reply.content.array_records
+            records["arrays"] = measurable(records["arrays"], self._trained)
+        combined = self._combined(state, number, [one.reply for one in accepted], self._frozen)
+        if isinstance(self._private, Adaptive):
+            self._accounting.release(adaptive_multiplier(self._private, norm))
+        return combined
+
+    def memory(self) -> Memory:
+        """The norm, which changes where clipping is adaptive."""
+        return {"clipping_norm": np.array(self._private.clipping_norm)}
+
+    def remember(self, memory: Memory) -> None:
+        """Put the norm back."""
+        self._private.clipping_norm = float(memory["clipping_norm"])
+
+
 def _flower_strategy(scenario: Scenario) -> Strategy:
     section = scenario.strategy
     common: dict[str, Any] = {
@@ -156,13 +258,6 @@ def _flower_strategy(scenario: Scenario) -> Strategy:
         "min_available_nodes": 1,
         "weighted_by_key": "weight",
     }
-    if section.privacy is not None:
-        return Private(
-            FedAvg(**common),
-            noise_multiplier=section.privacy.noise_multiplier,
-            clipping_norm=section.privacy.clipping_norm,
-            num_sampled_clients=scenario.sampled,
-        )
     if section.name == "fedavgm":
         return FedAvgM(**common, server_learning_rate=section.server_lr, server_momentum=section.momentum)
     if section.name == "fedmedian":

@@ -1,41 +1,77 @@
 """Secure aggregation over Flower's messages: the server gets the sum of the adapters and no adapter.
 
-The protocol is `tightbeam.common.federation.secagg`; here its bytes travel. Two exchanges come before
-training (keys, shares), the masked adapter comes with the training's reply, and two follow (consent, unmask).
-A client keeps its state between them in Flower's context, which never leaves the node.
+The protocol is `tightbeam.common.federation.secagg`; here its bytes travel. Two exchanges come before the
+work (keys, shares), the masked vector comes with the work's own reply, and two follow (consent, unmask). A
+client keeps its state between them in Flower's context, which never leaves the node.
+
+What is summed is the trained adapter and, beside it, the loss; an evaluation sums its loss alone. Weights go
+into the sum too. Of a single client the server sees what the cloud's ledger has anyway: bytes, tokens,
+operations, and what the scenario's profiles make of them.
 
 The server delivers the clients' certificates, and each client checks against its own authority who issued
-them: a server cannot make up clients. What still travels in the open are figures: losses, tokens, bytes.
+them: a server cannot make up clients. Nor can it send each client another adapter to start from, and read
+from the sum who moved where: the plan that all sign for names one.
 """
 
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
-from tightbeam.common.errors import CohortError, FederationError, TightbeamError, UsageError
+from tightbeam.common.errors import (
+    CohortError,
+    FederationError,
+    IntegrityError,
+    ProtocolError,
+    TightbeamError,
+    UsageError,
+)
 from tightbeam.common.federation.secagg import FixedPoint, Layout, Plan, SecAggClient, SecAggServer
 from tightbeam.common.federation.secagg.keys import roster_from
 from tightbeam.common.identity import Identity, load_identity
+from tightbeam.simulations.apps.combining import trained_part
 from tightbeam.simulations.apps.participant import Client
+from tightbeam.simulations.apps.privacy import private_update
 from tightbeam.simulations.global_adapter import from_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.scenario import Scenario
 
-__all__ = ["Opened", "SecureRounds", "answer_step", "certificate_of", "mask_update"]
+__all__ = [
+    "MIN_COHORT",
+    "Opened",
+    "Purpose",
+    "SecureRounds",
+    "SecureSum",
+    "answer_step",
+    "certificate_of",
+    "masked_reply",
+    "shown",
+]
+
+MIN_COHORT = 3
+"""Fewest clients in a sum, as every client insists."""
 
 _CLIP = 8.0  # adapters' values are far below; one beyond it is refused, not clipped
 _MAX_WEIGHT = 2**20  # examples or tokens of one client
-_MIN_COHORT = 3
+_LOSS, _LARGEST_LOSS = "loss", 64.0  # nats; a loss beyond it counts as it
 _STATE = "secagg"
+_HIDDEN = ("loss", "weight", "examples", "learned-tokens", "wall-s", "edge-s", "memory-bytes")
+_STEPS = {
+    "join": SecAggClient.join,
+    "share": SecAggClient.share,
+    "consent": SecAggClient.consent,
+    "unmask": SecAggClient.unmask,
+}
+Arrays = Mapping[str, NDArray[Any]]
+Purpose = Literal["train", "evaluate"]
 
 
 def _identity_of(client: Client) -> Identity:
@@ -60,28 +96,68 @@ def certificate_of(client: Client) -> bytes:
 
 
 def answer_step(client: Client, context: Context, content: RecordDict) -> bytes:
-    """Answer one of the four exchanges that are no training."""
+    """Answer one of the four exchanges that go beside the work.
+
+    Raises:
+        ProtocolError: any other step; of `SecAggClient` the server may ask for these and for nothing else.
+
+    """
     config = content.config_records["secure"]
     step, message = str(config["step"]), config["message"]
-    assert isinstance(message, bytes)
+    if step not in _STEPS or not isinstance(message, bytes):
+        raise ProtocolError(f"{client.profile.name} was asked for the step {step!r}, which there is not.")
     kept = context.state.config_records.get(_STATE) or ConfigRecord({"state": b""})
     state, certificates = kept["state"], config["certificates"] if step == "join" else kept["certificates"]
     ours = _restored(client, certificates, state)
-    reply: bytes = getattr(ours, step)(message)
+    reply = _STEPS[step](ours, message)
     _store(context, ours, certificates)
     return reply
 
 
-def mask_update(
-    client: Client, context: Context, inbox: bytes, arrays: Mapping[str, NDArray[Any]], weight: int
+def masked_reply(
+    client: Client, context: Context, content: RecordDict, arrays: Arrays, weight: int, loss: float
 ) -> bytes:
-    """Hide a trained adapter under this round's masks."""
-    kept = context.state.config_records[_STATE]
+    """Hide what a client trained, and its loss, under this round's masks; `content` is what it was asked.
+
+    Raises:
+        ProtocolError: the adapter to start from is not the one that the plan names.
+        UpdateRefusedError: NaN, infinity or values that the encoding cannot hold; names the tensor.
+
+    """
+    kept, inbox = context.state.config_records[_STATE], content.config_records["secure"]["inbox"]
+    assert isinstance(inbox, bytes)
     ours = _restored(client, kept["certificates"], kept["state"])
-    layout = Layout.of(arrays)
-    masked = ours.mask(inbox, layout.flatten(arrays, client.profile.name), weight)
+    if ours.plan.model_sha256 != _model_sha256(from_record(content.array_records["arrays"])):
+        raise ProtocolError(
+            f"{client.profile.name} got another adapter to start from than its plan names.",
+            cure="The server, or somebody between, treats clients differently: do not go on.",
+        )
+    privacy = client.scenario.strategy.privacy
+    if arrays and privacy is not None:
+        start = from_record(content.array_records["arrays"])
+        arrays = private_update(privacy, arrays, start, max(ours.plan.quorum, MIN_COHORT))
+    values = _with_loss(arrays, loss)
+    flat = Layout.of(values).flatten(values, client.profile.name)
+    masked = ours.mask(inbox, flat, weight)
     _store(context, ours, kept["certificates"])
     return masked
+
+
+def shown(metrics: Mapping[str, int | float], *, secure: bool) -> MetricRecord:
+    """The figures of a reply; in a secure one without those that only the sum may tell."""
+    return MetricRecord({n: value for n, value in metrics.items() if not (secure and n in _HIDDEN)})
+
+
+def _with_loss(arrays: Arrays, loss: float) -> dict[str, NDArray[Any]]:
+    """The loss as one more value, in a unit that fits the encoding."""
+    return {**arrays, _LOSS: np.array([min(loss, _LARGEST_LOSS) * _CLIP / _LARGEST_LOSS])}
+
+
+def _model_sha256(arrays: Arrays) -> bytes:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+    return digest.digest()
 
 
 def _restored(client: Client, certificates: object, state: object) -> SecAggClient:
@@ -89,7 +165,7 @@ def _restored(client: Client, certificates: object, state: object) -> SecAggClie
     assert isinstance(certificates, list)
     assert isinstance(state, bytes)
     roster = roster_from([one for one in certificates if isinstance(one, bytes)], identity.trust)
-    ours = SecAggClient(client.profile.name, identity.signing_key, roster, min_cohort=_MIN_COHORT)
+    ours = SecAggClient(client.profile.name, identity.signing_key, roster, min_cohort=MIN_COHORT)
     return ours.restore(state) if state else ours
 
 
@@ -101,34 +177,49 @@ def _store(context: Context, ours: SecAggClient, certificates: Any) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """What the first two exchanges gave: what each client trains with, and who did not come that far."""
+    """What the first two exchanges gave: what each client works with, and who did not come that far."""
 
     inboxes: Mapping[str, bytes]
     failures: Mapping[str, str]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class SecureSum:
+    """All that the server learns of a round's clients."""
+
+    mean: dict[str, NDArray[np.float32]]  # of the trained arrays, each client by its weight; none evaluating
+    loss: float  # the same mean
+    weight: int  # of all together
+    survivors: tuple[str, ...]
+
+
 class SecureRounds:
     """The server's side, one round after the other."""
 
-    def __init__(
-        self, scenario: Scenario, node_ids: Mapping[str, int], certificates: Mapping[str, bytes]
-    ) -> None:
-        self._scenario, self._node_ids = scenario, dict(node_ids)
-        self._certificates = list(certificates.values())
-        # Whether the authority issued them is for the clients to judge: they are who must be protected.
-        self._roster = {name: _public_key(der) for name, der in certificates.items()}
+    def __init__(self, scenario: Scenario) -> None:
+        self._scenario = scenario
+        self._node_ids: dict[str, int] = {}
+        self._certificates: dict[str, bytes] = {}
+        self._roster: dict[str, Ed25519PublicKey] = {}
         self.moved_bytes = 0  # of the exchanges that are no training, this round
 
-    def open(self, number: int, sent: ArrayRecord, names: Sequence[str], grid: Grid) -> Opened:
-        """Agree on keys and shares with the sampled clients.
+    def admit(self, name: str, node_id: int, certificate: bytes) -> None:
+        """Let a client in. Whether the authority issued the certificate is for the clients to judge."""
+        self._node_ids[name], self._certificates[name] = node_id, certificate
+        self._roster[name] = _public_key(certificate)
+
+    def open(
+        self, number: int, purpose: Purpose, sent: ArrayRecord, names: Sequence[str], grid: Grid
+    ) -> Opened:
+        """Agree on keys and shares with the clients that are to work.
 
         Raises:
             CohortError: too few of them answer.
-            FederationError: fewer are sampled than can hide each other.
+            FederationError: there are fewer than can hide each other.
 
         """
         self._grid, self._failures, self.moved_bytes = grid, dict[str, str](), 0
-        self._server = SecAggServer(self._plan(number, sent, sorted(names)), self._roster)
+        self._server = SecAggServer(self._plan(number, purpose, sent, sorted(names)), self._roster)
         self._exchange("join", self._server.open())
         try:
             self._exchange("share", self._server.advance())
@@ -137,45 +228,46 @@ class SecureRounds:
             said = "; ".join(f"{name} says: {reason}" for name, reason in self._failures.items())
             raise CohortError(f"{error.message} {said}", cure="Correct what they say.") from error
 
-    def close(self, masked: Mapping[str, bytes]) -> dict[str, NDArray[np.float32]]:
-        """The weighted mean of those whose masked adapters came.
+    def close(self, masked: Mapping[str, bytes]) -> SecureSum:
+        """The weighted mean of those whose masked vectors came.
 
         Raises:
-            CohortError: too few came, or agreed to unmask.
+            CohortError: too few came, or agreed to unmask; or a client dealt shares that do not open.
 
         """
         for name, vector in sorted(masked.items()):
-            self._server.receive(name, vector)
+            self._receive(name, vector)
         self._exchange("consent", self._server.advance())
         self._exchange("unmask", self._server.advance())
-        return self._layout.unflatten(self._server.finish().mean)
+        try:
+            total = self._server.finish()
+        except (IntegrityError, ProtocolError) as error:
+            raise CohortError(f"There is no sum: {error.message}", cure=error.cure) from error
+        mean = self._layout.unflatten(total.mean)
+        loss = float(mean.pop(_LOSS)[0]) * _LARGEST_LOSS / _CLIP
+        return SecureSum(mean, loss, total.weight, self._server.survivors)
 
     @property
     def failures(self) -> dict[str, str]:
         """Who failed in an exchange of this round, and how."""
         return dict(self._failures)
 
-    def _plan(self, number: int, sent: ArrayRecord, names: list[str]) -> Plan:
-        if len(names) < _MIN_COHORT:
+    def _plan(self, number: int, purpose: Purpose, sent: ArrayRecord, names: list[str]) -> Plan:
+        if len(names) < MIN_COHORT:
             raise FederationError(
-                f"A secure round needs {_MIN_COHORT} clients or more, not {len(names)}.",
+                f"A secure round needs {MIN_COHORT} clients or more, not {len(names)}.",
                 cure="Raise sample, or set strategy.secure to false.",
             )
         arrays = from_record(sent)
-        trained = {
-            n: a for n, a in arrays.items() if self._scenario.strategy.name != "ffa" or ".lora_B." in n
-        }
-        self._layout = Layout.of(trained)
-        digest = hashlib.sha256()
-        for name in sorted(arrays):
-            digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
+        trained = trained_part(arrays, self._scenario) if purpose == "train" else {}
+        self._layout = Layout.of(_with_loss(trained, 0.0))
         return Plan(
             federation=self._scenario.output.name,
-            round=number,
-            model_sha256=digest.digest(),
+            round=2 * number + (purpose == "evaluate"),  # each sum has its own number, and they rise
+            model_sha256=_model_sha256(arrays),
             participants=tuple(names),
             threshold=max(len(names) * 2 // 3, len(names) // 2 + 1),
-            min_cohort=_MIN_COHORT,
+            min_cohort=MIN_COHORT,
             size=self._layout.size,
             encoding=FixedPoint.fitting(_CLIP, _MAX_WEIGHT, len(names)),
         )
@@ -186,7 +278,7 @@ class SecureRounds:
         for name, data in messages.items():
             values: dict[str, Any] = {"step": step, "message": data}
             if step == "join":
-                values["certificates"] = self._certificates
+                values["certificates"] = [self._certificates[name] for name in self._server.plan.participants]
             content = RecordDict({"secure": ConfigRecord(values)})
             outgoing.append(Message(content, self._node_ids[name], "query.secure"))
         self.moved_bytes += sum(map(message_bytes, outgoing))
@@ -202,6 +294,9 @@ class SecureRounds:
             reason = notes.get("reason") if notes else reply.error.reason
             self._failures[name] = str(reason)
             return
+        self._receive(name, data)
+
+    def _receive(self, name: str, data: bytes) -> None:
         try:
             self._server.receive(name, data)
         except TightbeamError as error:

@@ -14,15 +14,20 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from tightbeam.common.errors import CohortError, TightbeamError, UpdateRefusedError, error_from_code
-from tightbeam.common.federation import LoraAdapter, Update, check_update, parse_adapter
-from tightbeam.simulations.apps.combining import Accepted, Combined, combiner_for
-from tightbeam.simulations.apps.secure import SecureRounds
+from tightbeam.common.federation import LoraAdapter, Update, check_update
+from tightbeam.simulations.apps.combining import Accepted, Combined, Memory, combiner_for, trained_part
+from tightbeam.simulations.apps.privacy import Accounting
+from tightbeam.simulations.apps.secure import MIN_COHORT, Purpose, SecureRounds, SecureSum
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, restricted, to_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Journal, Row
 from tightbeam.simulations.scenario import ClientProfile, Scenario
 
 __all__ = ["FederatedLora", "Node", "failure_of"]
+
+
+_ROWS: Mapping[Purpose, str] = {"train": "client_round", "evaluate": "client_eval"}
+_PRIVACY = "privacy/"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,19 +56,27 @@ class FederatedLora(Strategy):
 
     def __init__(self, scenario: Scenario, nodes: Iterable[Node], journal: Journal) -> None:
         self.scenario, self.journal = scenario, journal
-        self.combiner = combiner_for(scenario)
+        privacy = scenario.strategy.privacy
+        self.accounting = None if privacy is None else Accounting(scenario, privacy)
+        self.combiner = combiner_for(scenario, self.accounting)
         self._nodes = {node.profile.name: node for node in nodes}
         self._by_id = {node.node_id: node for node in self._nodes.values()}
         self._state, self._number = GlobalAdapter(LoraAdapter({}, {})), 0
         self._sent: dict[int, Message] = {}
         self._secure: SecureRounds | None = None
         if scenario.strategy.secure:
-            ids = {name: node.node_id for name, node in self._nodes.items()}
-            certificates = {name: node.certificate for name, node in self._nodes.items()}
-            self._secure = SecureRounds(scenario, ids, certificates)
+            self._secure = SecureRounds(scenario)
+            self.admit(self._nodes.values())
 
     def summary(self) -> None:
         """Nothing to log: the journal has it."""
+
+    def admit(self, nodes: Iterable[Node]) -> None:
+        """Let clients in that came after the first round, or came back as another node."""
+        for node in nodes:
+            self._nodes[node.profile.name] = self._by_id[node.node_id] = node
+            if self._secure is not None:
+                self._secure.admit(node.profile.name, node.node_id, node.certificate)
 
     def present(self) -> list[Node]:
         """Clients that have not left, by name."""
@@ -82,16 +95,20 @@ class FederatedLora(Strategy):
         if not messages:
             return []
         first = messages[0].content.array_records["arrays"]
-        self.combiner.prepare(server_round, first, grid)
-        return messages if self._secure is None else self._opened(server_round, first, messages, grid)
+        told = self.combiner.prepare(server_round, first, len(messages), grid)
+        for message in messages:
+            message.content.config_records["config"].update(told)
+        return messages if self._secure is None else self._opened(server_round, "train", messages, grid)
 
-    def _opened(self, number: int, sent: ArrayRecord, messages: list[Message], grid: Grid) -> list[Message]:
+    def _opened(self, number: int, purpose: Purpose, messages: list[Message], grid: Grid) -> list[Message]:
         """The messages of those who agreed on keys and shares; the others have failed in this round."""
         assert self._secure is not None
+        sent = messages[0].content.array_records["arrays"]
         names = {m.metadata.dst_node_id: self._by_id[m.metadata.dst_node_id].profile.name for m in messages}
-        opened = self._secure.open(number, sent, list(names.values()), grid)
+        opened = self._secure.open(number, purpose, sent, list(names.values()), grid)
+        kind = _ROWS[purpose]
         for name, reason in sorted(opened.failures.items()):
-            self.journal.append("client_round", round=number, client=name, status="failed", reason=reason)
+            self.journal.append(kind, round=number, client=name, status="failed", reason=reason)
         ready = [m for m in messages if names[m.metadata.dst_node_id] in opened.inboxes]
         for message in ready:
             inbox = opened.inboxes[names[message.metadata.dst_node_id]]
@@ -111,7 +128,7 @@ class FederatedLora(Strategy):
         for reply in sorted(replies, key=lambda reply: self._by_id[reply.metadata.src_node_id].profile.name):
             node = self._by_id[reply.metadata.src_node_id]
             row, good = self._judge(node, reply)
-            row = self.journal.append("client_round", round=server_round, client=node.profile.name, **row)
+            row = self.journal.append(_ROWS["train"], round=server_round, client=node.profile.name, **row)
             rows.append(row)
             accepted += [good] if good else []
         failed = [row for row in rows if row["status"] in ("failed", "refused")]
@@ -129,32 +146,53 @@ class FederatedLora(Strategy):
         every, last = self.scenario.eval_every, self.scenario.rounds
         if server_round not in (0, last) and (not every or server_round % every):
             return []
-        return self._messages(server_round, arrays, config, self.present(), MessageType.EVALUATE)
+        messages = self._messages(server_round, arrays, config, self.present(), MessageType.EVALUATE)
+        if self._secure is None:
+            return messages
+        if len(messages) < MIN_COHORT:
+            self._no_evaluation(
+                server_round, f"{len(messages)} clients are left, too few to hide each other."
+            )
+            return []
+        try:
+            return self._opened(server_round, "evaluate", messages, grid)
+        except CohortError as too_few:
+            self._no_evaluation(server_round, str(too_few))
+            return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean held-out loss over clients, each by its learned tokens."""
         losses: dict[str, tuple[float, int]] = {}
+        masked: dict[str, bytes] = {}
         virtual_s = 0.0
         for reply in sorted(replies, key=lambda reply: self._by_id[reply.metadata.src_node_id].profile.name):
             name = self._by_id[reply.metadata.src_node_id].profile.name
-            row = self.journal.append("client_eval", round=server_round, client=name, **self._account(reply))
+            row = self._account(reply)
+            row = self.journal.append(_ROWS["evaluate"], round=server_round, client=name, **row)
             if row["status"] == "ok":
-                losses[name] = row["loss"], row["weight"]
                 virtual_s = max(virtual_s, row["virtual_s"])
-        if not losses:
+                if self._secure:
+                    masked[name] = _masked(reply)
+                else:
+                    losses[name] = row["loss"], row["weight"]
+        try:
+            figures = self._secure_evaluation(masked) if self._secure else _spread(losses)
+        except CohortError as too_few:
+            self._no_evaluation(server_round, str(too_few))
             return None
-        mean = sum(loss * count for loss, count in losses.values()) / sum(n for _, n in losses.values())
-        by_loss = sorted(loss for loss, _ in losses.values())
-        figures: dict[str, Any] = {
-            "loss": mean,
-            "worst": by_loss[-1],
-            "median": by_loss[len(by_loss) // 2],
-            "best": by_loss[0],
-        }
-        self.journal.append(
-            "evaluation", round=server_round, clients=len(losses), virtual_s=virtual_s, **figures
-        )
-        return MetricRecord(figures)
+        if figures is None:
+            return None
+        clients = len(masked) + len(losses)
+        self.journal.append("evaluation", round=server_round, clients=clients, virtual_s=virtual_s, **figures)
+        return MetricRecord({name: value for name, value in figures.items() if value is not None})
+
+    def _secure_evaluation(self, masked: Mapping[str, bytes]) -> dict[str, float | None]:
+        assert self._secure is not None
+        found = self._secure.close(masked)
+        return {"loss": found.loss, "worst": None, "median": None, "best": None}
+
+    def _no_evaluation(self, number: int, reason: str) -> None:
+        self.journal.append("no_evaluation", round=number, reason=reason)
 
     def _messages(
         self,
@@ -262,34 +300,76 @@ class FederatedLora(Strategy):
         if self.scenario.faults.deadline_s is not None:
             virtual_s = min(virtual_s, self.scenario.faults.deadline_s)
         figures: Row = {"round": number, "updates": len(accepted), "virtual_s": virtual_s}
-        if not accepted:
-            self.journal.append("round", **figures, loss=None, relative_error=None, notes=["no update"])
-            return None, None
+        if self.accounting is not None:
+            figures["delta"] = self.accounting.section.delta
+        secure: SecureSum | None = None
         try:
-            combined = self._secure_mean(accepted) if self._secure else None
+            if self._secure and accepted:
+                masked = {
+                    str(one.reply.content.config_records["notes"]["client"]): _masked(one.reply)
+                    for one in accepted
+                }
+                secure = self._secure.close(masked)
         except CohortError as too_few:  # a round has the right sum or none
-            self.journal.append("round", **figures, loss=None, relative_error=None, notes=[str(too_few)])
-            return None, None
-        combined = combined or self.combiner.combine(number, self._state, accepted)
-        good = [row for row in rows if row["status"] == "ok"]
-        loss = sum(row["loss"] * row["weight"] for row in good) / sum(row["weight"] for row in good)
+            return self._no_update(figures, str(too_few))
+        if not accepted:
+            return self._no_update(figures, "no update")
+        if secure is None:
+            combined = self.combiner.combine(number, self._state, accepted)
+            good = [row for row in rows if row["status"] == "ok"]
+            loss = sum(row["loss"] * row["weight"] for row in good) / sum(row["weight"] for row in good)
+        else:
+            combined, loss = self._secure_mean(number, secure), secure.loss
         error, notes = combined.relative_error, list(combined.notes)
-        self.journal.append("round", **figures, loss=loss, relative_error=error, notes=notes)
+        self.journal.append("round", **figures, **self._spent(), loss=loss, relative_error=error, notes=notes)
         return to_record(combined.state.arrays()), MetricRecord({"loss": loss, "updates": len(accepted)})
 
-    def _secure_mean(self, accepted: list[Accepted]) -> Combined:
+    def _no_update(self, figures: Row, why: str) -> tuple[None, None]:
+        self.journal.append("round", **figures, **self._spent(), loss=None, relative_error=None, notes=[why])
+        return None, None
+
+    def _spent(self) -> Row:
+        return {} if self.accounting is None else {"epsilon": self.accounting.epsilon}
+
+    def _secure_mean(self, number: int, found: SecureSum) -> Combined:
         assert self._secure is not None
-        masked: dict[str, bytes] = {}
-        for one in accepted:
-            notes = one.reply.content.config_records["notes"]
-            data = notes["secure"]
-            assert isinstance(data, bytes)
-            masked[str(notes["client"])] = data
-        mean: dict[str, Any] = dict(self._secure.close(masked))
-        if self.scenario.strategy.name == "ffa":
-            some = next(iter(self._sent.values())).content.array_records["arrays"]
-            mean |= {name: array for name, array in from_record(some).items() if ".lora_A." in name}
-        adapter = parse_adapter(mean, self.scenario.adapter.scale, "the sum")
+        mean: dict[str, Any] = dict(found.mean)
+        sent = from_record(next(iter(self._sent.values())).content.array_records["arrays"])
+        trained = trained_part(sent, self.scenario)
+        mean |= {name: array for name, array in sent.items() if name not in trained}
+        combined = self.combiner.after_mean(self._state, number, mean)
+        if self.accounting is not None:
+            self.accounting.release(self.accounting.section.noise_multiplier)
         told = [f"{name}: {reason}" for name, reason in sorted(self._secure.failures.items())]
         besides = f"secure: {self._secure.moved_bytes} bytes besides training"
-        return Combined(self._state.after(adapter), (besides, *told))
+        return Combined(combined.state, (besides, *combined.notes, *told))
+
+    def memory(self) -> Memory:
+        """What must survive a restart, beside the global adapter."""
+        found = self.combiner.memory()
+        if self.accounting is not None:
+            found |= {_PRIVACY + name: array for name, array in self.accounting.memory().items()}
+        return found
+
+    def remember(self, memory: Memory) -> None:
+        """Inverse of `memory`."""
+        own = {name.removeprefix(_PRIVACY): a for name, a in memory.items() if name.startswith(_PRIVACY)}
+        if self.accounting is not None:
+            self.accounting.remember(own)
+        self.combiner.remember({name: a for name, a in memory.items() if not name.startswith(_PRIVACY)})
+
+
+def _masked(reply: Message) -> bytes:
+    data = reply.content.config_records["notes"]["secure"]
+    assert isinstance(data, bytes)
+    return data
+
+
+def _spread(losses: Mapping[str, tuple[float, int]]) -> dict[str, float | None] | None:
+    """Mean by learned tokens, and how the clients differ; None when nobody evaluated."""
+    if not losses:
+        return None
+    mean = sum(loss * count for loss, count in losses.values()) / sum(n for _, n in losses.values())
+    by_loss = sorted(loss for loss, _ in losses.values())
+    middle = by_loss[len(by_loss) // 2]
+    return {"loss": mean, "worst": by_loss[-1], "median": middle, "best": by_loss[0]}
