@@ -30,7 +30,7 @@ def _detaching(children: Children) -> tuple[Child, psutil.Process]:
 
 def _ends(process: psutil.Process) -> bool:
     """Whether it is gone, or waits to be reaped by a process that does not care."""
-    deadline_s = time.monotonic() + 5
+    deadline_s = time.monotonic() + 15
     while time.monotonic() < deadline_s:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
@@ -39,6 +39,24 @@ def _ends(process: psutil.Process) -> bool:
             return True
         time.sleep(0.05)
     return False
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signal to send")
+def test_what_a_killed_parent_leaves_behind_ends_too(tmp_path: Path) -> None:
+    """SIGKILL gives no chance to stop anything; its pipes close all the same."""
+    code = (
+        "import sys, time; from pathlib import Path;"
+        "from tightbeam.simulations.processes import Children;"
+        f"children = Children(Path({str(tmp_path)!r}));"
+        f"child = children.start('detaching', {DETACHING!r});"
+        "print(child.process.pid, child.first_answer(30), flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        left = [psutil.Process(int(word)) for word in parent.stdout.readline().split()]
+        assert len(left) == 2
+        parent.kill()
+    assert all(map(_ends, left))
 
 
 def test_what_a_child_has_detached_ends_too(tmp_path: Path) -> None:

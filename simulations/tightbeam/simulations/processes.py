@@ -17,16 +17,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
 from tightbeam.common.errors import TightbeamError
+from tightbeam.simulations.reaper import end, marked
 
 __all__ = ["Child", "Children", "signals_as_exit"]
 
 _POLL_S = 0.1
 _NUM_LOG_LINES = 8
+_OWN_SESSION: Mapping[str, Any] = {
+    "start_new_session": True,  # Windows ignores it and reads the flag
+    "creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+}
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Children:
     grace_s: float = 10.0
     started: list[Child] = field(default_factory=list)
     mark: str = field(default_factory=lambda: f"TIGHTBEAM_CHILD_{uuid.uuid4().hex}")
+    _reaper: subprocess.Popen[bytes] | None = None  # ends all of them if this process is killed
 
     def start(
         self,
@@ -83,6 +89,8 @@ class Children:
         cwd: Path | None = None,
     ) -> Child:
         """Start a process with `env` added to this one's environment."""
+        if self._reaper is None:
+            self._reaper = _start_reaper(self.mark)
         self.logs.mkdir(parents=True, exist_ok=True)
         answer, log = self.logs / f"{name}.out", self.logs / f"{name}.log"
         with answer.open("wb") as out, log.open("wb") as err:
@@ -93,8 +101,7 @@ class Children:
                 stderr=err,
                 cwd=cwd,
                 env={**os.environ, **(env or {}), self.mark: "1"},
-                start_new_session=True,  # Windows ignores it and reads the flag
-                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                **_OWN_SESSION,
             )
         child = Child(name, process, answer, log)
         self.started.append(child)
@@ -130,22 +137,15 @@ class Children:
             except subprocess.TimeoutExpired:
                 _kill(process)
                 process.wait()
-        if self.started:
-            self._stop_the_rest(max(deadline - time.monotonic(), 1.0))
-
-    def _stop_the_rest(self, within_s: float) -> None:
-        found = self.alive()
-        for process in found:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-        psutil.wait_procs(found, within_s)
-        for process in self.alive():  # with what they started meanwhile
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        if self._reaper is not None:
+            end(self.mark, max(deadline - time.monotonic(), 1.0))
+            self._reaper.kill()
+            self._reaper.communicate()
+            self._reaper = None
 
     def alive(self) -> list[psutil.Process]:
         """Give every process that is left, with what they have started: all carry the mark."""
-        return [process for process in psutil.process_iter() if _carries(process, self.mark)]
+        return marked(self.mark)
 
     def __enter__(self) -> Self:
         return self
@@ -158,11 +158,10 @@ class Children:
             print(f"stopped every process; their logs are in {self.logs}", file=sys.stderr)
 
 
-def _carries(process: psutil.Process, mark: str) -> bool:
-    try:
-        return process.status() != psutil.STATUS_ZOMBIE and mark in process.environ()
-    except (psutil.Error, OSError):  # it has just ended, or is another user's
-        return False
+def _start_reaper(mark: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tightbeam.simulations.reaper", mark]
+    quiet = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, **_OWN_SESSION)  # noqa: S603
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
