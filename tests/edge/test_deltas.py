@@ -258,6 +258,14 @@ def test_the_keys_tell_nothing_to_who_can_guess_the_text(cloud: InProcessCloud) 
     assert len({mine, other, *keys("b", b"secret", IDS[0]), *keys("a", b"guess", IDS[0])}) == 4
 
 
+def test_a_sample_is_known_again_wherever_padding_puts_it(cloud: InProcessCloud) -> None:
+    edge = Edge(cloud)
+    edge.forward(0)
+    padded = Segments(LENGTHS, torch.tensor([0, 1, 2, 3, 1, 2, 3]))
+    samples = [edge.stepper.deltas._samples(each, IDS[0], SIZE) for each in (SEGMENTS, padded)]  # type: ignore[union-attr]  # it has some
+    assert samples[0] == samples[1]
+
+
 def test_the_cloud_keeps_to_its_bound(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """A tenant has half of it: here one of its two batches. The run goes on to the same values."""
     bound = 2 * SAMPLE_BYTES

@@ -39,12 +39,12 @@ __all__ = ["DeltaStep", "EdgeDeltas"]
 class EdgeDeltas:
     """What one run remembers of its samples, bounded in bytes.
 
-    Sample keys are an HMAC over token ids and positions, keyed for this run by the edge's `secret`: the cloud
-    sees that a sample comes again, and cannot find out which text it is by guessing.
+    Sample keys are an HMAC over token ids, keyed for this run by the edge's `secret`: the cloud sees that a
+    sample comes again, and cannot find out which text it is by guessing.
     """
 
     def __init__(self, codecs: Codecs, run: str, secret: bytes, max_bytes: float) -> None:
-        self._codecs = codecs.alone
+        self._codecs, self.max_bytes = codecs.alone, max_bytes
         uses = [name.startswith(DELTA) for name in (codecs.activations_up, codecs.activations_down)]
         share = max_bytes / max(sum(uses), 1)
         self._up, self._down = (BaseStore(share) if used else None for used in uses)
@@ -79,8 +79,9 @@ class EdgeDeltas:
         return DeltaStep(samples, decoded_ND, down, self._down)
 
     def _samples(self, segments: Segments, input_ids_N: Tensor, size: int) -> Samples:
-        ids, positions = input_ids_N.tolist(), segments.positions_N.tolist()
-        digests = [sample_digest(ids[a:b], positions[a:b]) for a, b in segments.bounds]
+        ids = input_ids_N.tolist()
+        # not where the tokens stand: that may follow from the padding, and differ from epoch to epoch
+        digests = [sample_digest(ids[a:b], range(b - a)) for a, b in segments.bounds]
         keys = [hmac.digest(self._secret, digest, "sha256")[:KEY_BYTES] for digest in digests]
         return Samples.of(keys, segments.lengths, size)
 
