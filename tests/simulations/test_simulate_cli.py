@@ -1,5 +1,6 @@
 """`tightbeam simulate` as people meet it: one line per error, the cure, the exit code."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,15 +8,21 @@ from pathlib import Path
 import pytest
 
 from support.federations import Playground
-from tightbeam.simulations.experiment import require_flower
 
 TEXT = "clients: 2\nrounds: 1\ndata: {source: rows.jsonl}\ncloud: {address: 'localhost:9', insecure: true}\n"
 
 
-def _simulate(folder: Path, text: str, *words: str) -> subprocess.CompletedProcess[str]:
+def _simulate(folder: Path, text: str, *words: str, startup: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command; `startup` is code that its Python runs first, to stand for another installation."""
     (folder / "s.yaml").write_text(text, encoding="utf-8")
+    (folder / "startup").mkdir()
+    (folder / "startup" / "sitecustomize.py").write_text(startup, encoding="utf-8")
     command = [sys.executable, "-m", "tightbeam.cli", "simulate", "s.yaml", *words]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, check=False, timeout=240)
+    paths = [str(folder / "startup"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=folder, check=False, timeout=240, env=env
+    )
 
 
 @pytest.mark.parametrize(
@@ -29,7 +36,17 @@ def _simulate(folder: Path, text: str, *words: str) -> subprocess.CompletedProce
         (TEXT, ("--runtime", "rai"), 2, "is not one of"),
         (TEXT, ("--resume",), 2, "holds no experiment to resume"),
     ],
-    ids=["typo", "sample", "no-identities", "impossible", "no-data", "runtime", "nothing-to-resume"],
+    ids=[
+        "typo",
+        "sample",
+        "no-identities",
+        "impossible",
+        "few-topics",
+        "no-field",
+        "no-data",
+        "runtime",
+        "nothing-to-resume",
+    ],
 )
 def test_an_error_is_one_line_with_its_cure(
     tmp_path: Path, playground: Playground, text: str, words: tuple[str, ...], code: int, said: str
@@ -49,12 +66,36 @@ def test_an_unreachable_cloud_has_its_own_code(tmp_path: Path, playground: Playg
     assert "Check that `tightbeam serve` runs there" in done.stderr.splitlines()[-1]
 
 
-def test_another_flower_is_refused_with_the_command_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
-    from importlib import metadata
+_OTHER_FLOWER = """
+from importlib import metadata
+found = metadata.version
+metadata.version = lambda name: "1.44.0" if name == "flwr" else found(name)
+"""
+_NO_RAY = """
+import sys
+from importlib import util
+found = util.find_spec
+util.find_spec = lambda name, package=None: None if name == "ray" else found(name, package)
+sys.modules["ray"] = None
+"""
 
-    require_flower()
-    monkeypatch.setattr(metadata, "version", lambda name: "1.44.0")
-    with pytest.raises(
-        Exception, match=r'flwr 1\.44\.0 is installed\. Run `pip install "flwr>=1\.41,<1\.43"`'
-    ):
-        require_flower()
+
+@pytest.mark.parametrize(
+    ("startup", "words", "said"),
+    [
+        (_OTHER_FLOWER, (), 'error: flwr 1.44.0 is installed. Run `pip install "flwr>=1.41,<1.43"`.'),
+        (
+            _NO_RAY,
+            ("--runtime", "ray"),
+            'error: The Ray runtime needs the package ray. Run `pip install "tightbeam[ray]"`.',
+        ),
+    ],
+    ids=["flower", "ray"],
+)
+def test_another_installation_is_told_with_the_command_to_type(
+    tmp_path: Path, playground: Playground, startup: str, words: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(playground.data.read_bytes())
+    done = _simulate(tmp_path, TEXT, *words, startup=startup)
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [said])
+    assert not (tmp_path / "runs").exists(), "nothing was begun"
