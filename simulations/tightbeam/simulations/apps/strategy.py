@@ -125,7 +125,7 @@ class FederatedLora(Strategy):
 
         """
         accepted, rows = [], []
-        for reply in sorted(replies, key=lambda reply: self._by_id[reply.metadata.src_node_id].profile.name):
+        for reply in sorted(replies, key=self._name_of):
             node = self._by_id[reply.metadata.src_node_id]
             row, good = self._judge(node, reply)
             row = self.journal.append(_ROWS["train"], round=server_round, client=node.profile.name, **row)
@@ -165,8 +165,8 @@ class FederatedLora(Strategy):
         losses: dict[str, tuple[float, int]] = {}
         masked: dict[str, bytes] = {}
         virtual_s = 0.0
-        for reply in sorted(replies, key=lambda reply: self._by_id[reply.metadata.src_node_id].profile.name):
-            name = self._by_id[reply.metadata.src_node_id].profile.name
+        for reply in sorted(replies, key=self._name_of):
+            name = self._name_of(reply)
             row = self._account(reply)
             row = self.journal.append(_ROWS["evaluate"], round=server_round, client=name, **row)
             if row["status"] == "ok":
@@ -182,14 +182,14 @@ class FederatedLora(Strategy):
             return None
         if figures is None:
             return None
-        clients = len(masked) + len(losses)
-        self.journal.append("evaluation", round=server_round, clients=clients, virtual_s=virtual_s, **figures)
+        self.journal.append("evaluation", round=server_round, virtual_s=virtual_s, **figures)
         return MetricRecord({name: value for name, value in figures.items() if value is not None})
 
     def _secure_evaluation(self, masked: Mapping[str, bytes]) -> dict[str, float | None]:
         assert self._secure is not None
         found = self._secure.close(masked)
-        return {"loss": found.loss, "worst": None, "median": None, "best": None}
+        nobodys = dict.fromkeys(("worst", "median", "best"))
+        return {"clients": len(found.survivors), "loss": found.loss, **nobodys}
 
     def _no_evaluation(self, number: int, reason: str) -> None:
         self.journal.append("no_evaluation", round=number, reason=reason)
@@ -240,6 +240,9 @@ class FederatedLora(Strategy):
         if freeze is None or self._number <= freeze:
             return node.layers
         return restricted(node.layers, node.layers.shapes().keys() - node.below)
+
+    def _name_of(self, reply: Message) -> str:
+        return self._by_id[reply.metadata.src_node_id].profile.name
 
     def _account(self, reply: Message) -> Row:
         """Status, bytes and figures of one exchange."""
@@ -305,13 +308,12 @@ class FederatedLora(Strategy):
         secure: SecureSum | None = None
         try:
             if self._secure and accepted:
-                masked = {
-                    str(one.reply.content.config_records["notes"]["client"]): _masked(one.reply)
-                    for one in accepted
-                }
+                # By the node that Flower authenticated, not by what it calls itself.
+                masked = {self._name_of(one.reply): _masked(one.reply) for one in accepted}
                 secure = self._secure.close(masked)
+                figures["updates"] = len(secure.survivors)
         except CohortError as too_few:  # a round has the right sum or none
-            return self._no_update(figures, str(too_few))
+            return self._no_update(figures, str(too_few), *self._told())
         if not accepted:
             return self._no_update(figures, "no update")
         if secure is None:
@@ -324,9 +326,15 @@ class FederatedLora(Strategy):
         self.journal.append("round", **figures, **self._spent(), loss=loss, relative_error=error, notes=notes)
         return to_record(combined.state.arrays()), MetricRecord({"loss": loss, "updates": len(accepted)})
 
-    def _no_update(self, figures: Row, why: str) -> tuple[None, None]:
-        self.journal.append("round", **figures, **self._spent(), loss=None, relative_error=None, notes=[why])
+    def _no_update(self, figures: Row, *why: str) -> tuple[None, None]:
+        figures = {**figures, **self._spent(), "loss": None, "relative_error": None, "notes": list(why)}
+        self.journal.append("round", **figures)
         return None, None
+
+    def _told(self) -> list[str]:
+        """Who failed in an exchange of this secure round, in its own words."""
+        failures = self._secure.failures if self._secure else {}
+        return [f"{name}: {reason}" for name, reason in sorted(failures.items())]
 
     def _spent(self) -> Row:
         return {} if self.accounting is None else {"epsilon": self.accounting.epsilon}
@@ -340,9 +348,8 @@ class FederatedLora(Strategy):
         combined = self.combiner.after_mean(self._state, number, mean)
         if self.accounting is not None:
             self.accounting.release(self.accounting.section.noise_multiplier)
-        told = [f"{name}: {reason}" for name, reason in sorted(self._secure.failures.items())]
         besides = f"secure: {self._secure.moved_bytes} bytes besides training"
-        return Combined(combined.state, (besides, *combined.notes, *told))
+        return Combined(combined.state, (besides, *combined.notes, *self._told()))
 
     def memory(self) -> Memory:
         """What must survive a restart, beside the global adapter."""
@@ -372,4 +379,4 @@ def _spread(losses: Mapping[str, tuple[float, int]]) -> dict[str, float | None] 
     mean = sum(loss * count for loss, count in losses.values()) / sum(n for _, n in losses.values())
     by_loss = sorted(loss for loss, _ in losses.values())
     middle = by_loss[len(by_loss) // 2]
-    return {"loss": mean, "worst": by_loss[-1], "median": middle, "best": by_loss[0]}
+    return {"clients": len(losses), "loss": mean, "worst": by_loss[-1], "median": middle, "best": by_loss[0]}
