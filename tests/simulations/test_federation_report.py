@@ -17,7 +17,7 @@ from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import DataError
 from tightbeam.simulations.accounts import account
 from tightbeam.simulations.report import write_report
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.simulations.scenario import Scenario, load_scenario
 
 CHANGES: dict[str, Any] = {
     "clients": 4,
@@ -182,11 +182,21 @@ def test_texts_from_clients_are_escaped(playground: Playground) -> None:
     playground.run(scenario)
     path = scenario.folder / "ledger.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    next(row for row in rows if row["row"] == "client_round")["reason"] = "<script>alert(1)</script>"
+    told = {"status": "failed", "reason": "<script>alert(1)</script>"}
+    next(row for row in rows if row["row"] == "client_round").update(told)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     page = write_report(scenario.folder, scenario).read_text(encoding="utf-8")
     assert "<script>" not in page
     assert "&lt;script&gt;alert(1)" in page
+
+
+def test_the_scenario_that_is_kept_is_the_one_that_ran(playground: Playground) -> None:
+    groups = {name: {"clients": 1, "cut": cut} for name, cut in (("zeta", "2:2"), ("alpha", "1:1"))}
+    scenario = playground.scenario(rounds=1, groups=groups)
+    playground.run(scenario)
+    assert load_scenario(scenario.folder / "scenario.yaml").profiles() == scenario.profiles()
+    report = playground.report(scenario)
+    assert [client["cut"] for client in report["clients"]] == ["2:2", "1:1", "1:1"]
 
 
 def test_a_folder_without_an_experiment_is_told(tmp_path: Path) -> None:

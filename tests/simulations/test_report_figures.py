@@ -146,6 +146,7 @@ class Page(HTMLParser):
         self.tables: list[list[list[str]]] = []
         self.figures: dict[str, list[str]] = {}
         self._into: list[str] | None = None
+        self._small = False  # words below a figure
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -162,14 +163,16 @@ class Page(HTMLParser):
             assert self._into is not None
             self._into = self.figures.setdefault(self._into[-1], [""])
         elif tag == "small" and self._into is not None:
-            self._into.append("")
+            self._small = True
 
     def handle_endtag(self, tag: str) -> None:
+        if tag == "small":
+            self._small = False
         if tag in ("th", "td", "dd"):
             self._into = None
 
     def handle_data(self, data: str) -> None:
-        if self._into is not None:
+        if self._into is not None and not self._small:
             self._into[-1] += data
 
 
@@ -183,7 +186,7 @@ def both(kind: str) -> tuple[str, str]:
 
 def round_cells(one: dict[str, Any]) -> list[str]:
     cost, loss, error = one["training"], one["loss"], one["relative_error"]
-    others = " ".join(f"{n} {status}" for status, n in one["statuses"].items() if status != "ok")
+    others = ", ".join(f"{n} {status}" for status, n in one["statuses"].items() if status != "ok")
     return [
         str(one["round"]),
         str(one["updates"]),
@@ -193,7 +196,31 @@ def round_cells(one: dict[str, Any]) -> list[str]:
         *(units.flops_text(cost[name]) for name in ("edge_flops", "cloud_flops")),
         units.joules_text(cost["joules"]),
         units.seconds_text(one["virtual_s"]),
+        waited_for(one["slow"]),
         "\u2013" if error is None else f"{error:.1e}",
+    ]
+
+
+def waited_for(slow: dict[str, float]) -> str:
+    if not slow:
+        return ""
+    name = max(slow, key=slow.__getitem__)
+    return f"{name} ({slow[name]:.1f} x)" + (f" +{len(slow) - 1}" if len(slow) > 1 else "")
+
+
+def evaluation_cells(one: dict[str, Any]) -> list[str]:
+    return [
+        str(one["round"]),
+        str(one["clients"]),
+        f"{one['loss']:.4f}",
+        f"{one['worst']:.4f}",
+        one["worst_client"],
+        f"{one['median']:.4f}",
+        f"{one['best']:.4f}",
+        one["best_client"],
+        f"{one['worst'] - one['best']:.4f}",
+        units.seconds_text(one["virtual_s"]),
+        units.bytes_text(one["moved_bytes"]),
     ]
 
 
@@ -203,6 +230,7 @@ def client_cells(one: dict[str, Any]) -> list[str]:
         one["group"],
         f"{one['mode']} {one['cut']}, {one['r']}",
         str(one["rounds"]),
+        str(one["slow_rounds"] or ""),
         f"{one['first_loss']:.3f} \u2192 {one['last_loss']:.3f}",
         units.bytes_text(costs_of(one, *both("activation"))),
         units.bytes_text(costs_of(one, *both("adapter"))),
@@ -228,13 +256,20 @@ def alternative_cells(one: dict[str, Any]) -> list[str]:
 def test_the_page_shows_these_figures(finished: Finished) -> None:
     text = (finished.folder / "report.html").read_text(encoding="utf-8")
     page, found = Page(text), finished.recount()
-    rounds, clients, alternatives = (table[1:] for table in page.tables)
+    fairness, rounds, clients, absences, alternatives = (table[1:] for table in page.tables)
+    assert fairness == [evaluation_cells(one) for one in found["evaluations"]]
+    assert absences == [
+        [one["status"], str(one["times"]), one["reason"], ", ".join(one["clients"])]
+        for one in found["absences"]
+    ]
     cells = [[" ".join(cell.split()) for cell in row] for row in rounds]
     assert cells == [round_cells(one) for one in found["rounds"]]
     assert clients == [client_cells(one) for one in found["clients"]]
-    assert [row[:-1] for row in alternatives] == [alternative_cells(one) for one in found["alternatives"]]
+    assert alternatives == [alternative_cells(one) for one in found["alternatives"]]
+    better = sum(one["last_loss"] < one["first_loss"] for one in found["clients"])
+    assert f"It fell at {better} of 4 clients." in text
     total, first, last = found["total"], found["evaluations"][0], found["evaluations"][-1]
-    top = {name: value[0] for name, value in page.figures.items()}
+    top = {name: value for name, (value,) in page.figures.items()}
     assert top == {
         "Held-out loss": f"{first['loss']:.2f} \u2192 {last['loss']:.2f}",
         "Worst client": f"{first['worst']:.2f} \u2192 {last['worst']:.2f}",
@@ -244,7 +279,7 @@ def test_the_page_shows_these_figures(finished: Finished) -> None:
         "Price": units.money_text(total["money"], "USD"),
         "Energy": units.joules_text(total["joules"]),
     }
-    assert f"best {first['best']:.2f} \u2192 {last['best']:.2f}" in page.figures["Worst client"]
+    assert f"best {first['best']:.2f} &rarr; {last['best']:.2f}" in text
     reached = found["reached_target"]
     took, moved = units.seconds_text(reached["virtual_s"]), units.bytes_text(reached["moved_bytes"])
     assert f"was reached after round {reached['round']}: {took} virtual, {moved} moved" in text
@@ -260,4 +295,4 @@ def test_another_figure_gives_another_page(finished: Finished) -> None:
     one = found.rounds[1]
     changed = one.model_copy(update={"training": one.training.model_copy(update={"joules": 5.0})})
     page = Page(to_html(found.model_copy(update={"rounds": [found.rounds[0], changed, found.rounds[2]]})))
-    assert "5.00 J" in page.tables[0][2]
+    assert "5.00 J" in page.tables[1][2]

@@ -1,6 +1,5 @@
 """Every scenario in scenarios/, run in small against a real cloud process that `simulate` starts."""
 
-import io
 import json
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from support.edge_runs import write_jsonl
 from support.federations import sums
 from tightbeam.simulations import experiment
 from tightbeam.simulations.experiment import run_scenario
-from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import load_scenario
 
 SCENARIOS = sorted((Path(experiment.__file__).parent / "scenarios").glob("*.yaml"))
@@ -44,20 +42,3 @@ def test_scenario(path: Path, backbone: Path, tmp_path: Path) -> None:
     assert last["loss"] < first["loss"]
     assert (page.parent / "adapter" / "adapter_config.json").is_file()
     assert (page.parent / "certs" / "cloud" / "identity.crt").is_file(), "identities, not --insecure"
-
-
-def test_the_live_table_shows_who_is_slow() -> None:
-    scenario = load_scenario(SCENARIOS[0])
-    progress = FederationProgress(scenario, Console(quiet=True, width=200))
-    names = [profile.name for profile in scenario.profiles()][:3]
-    for name, virtual_s in zip(names, (1.0, 1.1, 9.0), strict=True):
-        row = {"row": "client_round", "round": 1, "client": name, "status": "ok", "virtual_s": virtual_s}
-        progress.on_row(row | {"wire_up_bytes": 2_000_000, "joules": 5.0})
-    progress.on_row({"row": "round", "round": 1, "updates": 3, "loss": 2.0, "virtual_s": 9.0})
-    assert [name for name, line in progress.lines.items() if line.slow] == [names[2]]
-    console = Console(width=200, record=True, file=io.StringIO())
-    console.print(progress.table())
-    text = console.export_text()
-    assert "9.00 s slow" in text
-    assert "2.00 MB" in text
-    assert f"round 1 of {scenario.rounds} done" in text

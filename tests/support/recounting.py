@@ -8,6 +8,7 @@ used. What only the server's ledger knows (edge operations, clients' losses, mem
 
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -147,6 +148,7 @@ class Recount:
             "clients": [self._client(number) for number in range(self.scenario["clients"])],
             "rounds": [self._round(row) for row in self.rows if row["row"] == "round"],
             "evaluations": evaluations,
+            "absences": self._absences(),
             "total": self.costs(self.work),
             "virtual_s": sum(self._slowest(row) for row in ends),
             "target_loss": target,
@@ -175,6 +177,7 @@ class Recount:
             "group": "",
             **{key: options[key] for key in ("mode", "cut", "r")},
             "rounds": len([row for row in trained if row["status"] == "ok"]),
+            "slow_rounds": sum(name in self._slow(row["round"])[1] for row in trained),
             "statuses": dict(Counter(row["status"] for row in trained)),
             "reasons": list(dict.fromkeys(row["reason"] for row in own if row["reason"])),
             "codecs": list(dict.fromkeys(row["codec"] for row in trained if row["codec"])),
@@ -198,10 +201,32 @@ class Recount:
             "relative_error": row["relative_error"],
             "epsilon": None,
             "virtual_s": self._slowest(row),
+            **dict(zip(("median_s", "slow"), self._slow(row["round"]), strict=True)),
             "notes": row["notes"],
             "training": self.costs(trained),
             "evaluation": self.costs(self._of("client_eval", round=row["round"])),
         }
+
+    def _slow(self, number: int) -> tuple[float | None, dict[str, float]]:
+        """Median of the clients' virtual seconds, and who took over 1.5 times as long."""
+        took = {r["client"]: r["virtual_s"] for r in self._of("client_round", round=number) if r["virtual_s"]}
+        usual = statistics.median(took.values()) if took else None
+        return usual, {name: t / usual for name, t in took.items() if usual and t / usual > 1.5}
+
+    def _absences(self) -> list[Row]:
+        lost = [row for row in self.work if row["status"] != "ok"]
+        found = [
+            {
+                "status": status,
+                "reason": reason,
+                "clients": sorted(
+                    {r["client"] for r in lost if (r["status"], r["reason"]) == (status, reason)}
+                ),
+                "times": times,
+            }
+            for (status, reason), times in Counter((row["status"], row["reason"]) for row in lost).items()
+        ]
+        return sorted(found, key=lambda one: (-one["times"], one["status"], one["reason"]))
 
     def _slowest(self, row: Row) -> float:
         """Virtual seconds of a round or an evaluation: those of its slowest client, or the deadline."""
@@ -215,7 +240,8 @@ class Recount:
             if row["row"] != "evaluation":
                 continue
             evaluated = self._of("client_eval", round=row["round"])
-            losses, weights = sorted(one["loss"] for one in evaluated), _sum(evaluated, "weight")
+            ranked = sorted(evaluated, key=lambda one: one["loss"])
+            losses, weights = [one["loss"] for one in ranked], _sum(evaluated, "weight")
             until = [r for r in self.rows[: place + 1] if r["row"] in ("round", "evaluation")]
             before = sum(r["row"] in ("client_round", "client_eval") for r in self.rows[:place])
             yield {
@@ -225,6 +251,8 @@ class Recount:
                 "worst": losses[-1],
                 "median": losses[len(losses) // 2],
                 "best": losses[0],
+                "worst_client": ranked[-1]["client"],
+                "best_client": ranked[0]["client"],
                 "virtual_s": sum(self._slowest(r) for r in until),
                 "moved_bytes": _moved(self.work[:before]),
             }

@@ -5,6 +5,7 @@ counts them; weights are what a client fetches once. Money and joules follow the
 of the scenario. Schema of `federation.json`; every figure is a sum of ledger rows.
 """
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,10 +16,19 @@ from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import DataError
 from tightbeam.simulations.alternatives import Alternative, Job, alternatives
-from tightbeam.simulations.journal import Row
+from tightbeam.simulations.journal import Row, slow_clients
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
-__all__ = ["ClientAccount", "Costs", "Evaluation", "FederationAccount", "RoundAccount", "account"]
+__all__ = [
+    "Absence",
+    "ClientAccount",
+    "Costs",
+    "Evaluation",
+    "FederationAccount",
+    "PrivacyAccount",
+    "RoundAccount",
+    "account",
+]
 
 _WORK = ("client_round", "client_eval")
 
@@ -86,6 +96,18 @@ class Costs(_Model):
         )
 
 
+class PrivacyAccount(_Model):
+    """What the published adapters can tell about one client, by Flower's accountant."""
+
+    epsilon: float  # after the last round, without amplification by sampling
+    delta: float
+    noise_multiplier: float
+    clipping_norm: float
+    where: str
+    clipping: str
+    secure: bool  # the clients add the noise themselves
+
+
 class RoundAccount(_Model):
     """One round."""
 
@@ -94,7 +116,10 @@ class RoundAccount(_Model):
     statuses: dict[str, int]
     loss: float | None
     relative_error: float | None
+    epsilon: float | None = None  # of all rounds up to this one; None without privacy
     virtual_s: float
+    median_s: float | None  # virtual seconds of the median client; None when nobody worked
+    slow: dict[str, float]  # clients that took over 1.5 times the median, and how many times
     notes: list[str]
     training: Costs
     evaluation: Costs
@@ -106,9 +131,11 @@ class Evaluation(_Model):
     round: int
     clients: int
     loss: float
-    worst: float
-    median: float
-    best: float
+    worst: float | None  # None in secure runs, which know the mean alone
+    median: float | None
+    best: float | None
+    worst_client: str | None
+    best_client: str | None
     virtual_s: float  # up to and with it: rounds and evaluations, weights fetched at the first
     moved_bytes: int  # the same
 
@@ -122,6 +149,7 @@ class ClientAccount(_Model):
     cut: str
     r: int
     rounds: int  # in which its update counted
+    slow_rounds: int  # in which it took over 1.5 times the median
     statuses: dict[str, int]
     reasons: list[str]
     codecs: list[str]
@@ -133,6 +161,15 @@ class ClientAccount(_Model):
     evaluation: Costs
 
 
+class Absence(_Model):
+    """Why clients handed in nothing that counted, in training or evaluation."""
+
+    status: str
+    reason: str
+    clients: list[str]
+    times: int
+
+
 class FederationAccount(_Model):
     """The whole experiment."""
 
@@ -140,9 +177,12 @@ class FederationAccount(_Model):
     model: str
     fingerprint: str
     strategy: str
+    secure: bool
+    privacy: PrivacyAccount | None
     clients: list[ClientAccount]
     rounds: list[RoundAccount]
     evaluations: list[Evaluation]
+    absences: list[Absence]
     total: Costs
     virtual_s: float
     target_loss: float | None
@@ -176,9 +216,12 @@ def account(
         model=first["backbone"]["model"],
         fingerprint=first["backbone"]["fingerprint"],
         strategy=scenario.strategy.name,
+        secure=scenario.strategy.secure,
+        privacy=_privacy(scenario, rows),
         clients=_clients(scenario, work, prices),
         rounds=[_round(row, work, prices) for row in rows if row["row"] == "round"],
         evaluations=evaluations,
+        absences=_absences(work),
         total=total,
         virtual_s=sum(row["virtual_s"] for row in rows if row["row"] in ("round", "evaluation")),
         target_loss=scenario.target_loss,
@@ -188,12 +231,28 @@ def account(
     )
 
 
+def _privacy(scenario: Scenario, rows: Sequence[Row]) -> PrivacyAccount | None:
+    section = scenario.strategy.privacy
+    if section is None:
+        return None
+    spent = [row["epsilon"] for row in rows if row["row"] == "round"]
+    return PrivacyAccount(
+        epsilon=spent[-1] if spent else 0.0,
+        delta=section.delta,
+        noise_multiplier=section.noise_multiplier,
+        clipping_norm=section.clipping_norm,
+        where=section.where,
+        clipping=section.clipping,
+        secure=scenario.strategy.secure,
+    )
+
+
 def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[ClientAccount]:
-    found = []
+    found, slow = [], [name for slow in _took(work).values() for name in slow_clients(slow)]
     for profile in scenario.profiles():
         own = [row for row in work if row["client"] == profile.name]
         trained = [row for row in own if row["row"] == "client_round"]
-        losses = [row["loss"] for row in own if row["row"] == "client_eval" and row["status"] == "ok"]
+        losses = [row["loss"] for row in own if row["row"] == "client_eval" and "loss" in row]
         options = profile.options
         found.append(
             ClientAccount(
@@ -203,6 +262,7 @@ def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[Cl
                 cut=options.cut,
                 r=options.r,
                 rounds=sum(row["status"] == "ok" for row in trained),
+                slow_rounds=slow.count(profile.name),
                 statuses=_statuses(trained),
                 reasons=list(dict.fromkeys(row["reason"] for row in own if row["reason"])),
                 codecs=list(dict.fromkeys(row["codec"] for row in trained if row["codec"])),
@@ -220,17 +280,41 @@ def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[Cl
 def _round(row: Row, work: Sequence[Row], prices: Prices) -> RoundAccount:
     same = [one for one in work if one["round"] == row["round"]]
     trained = [one for one in same if one["row"] == "client_round"]
+    took = _took(trained).get(row["round"], {})
     return RoundAccount(
         round=row["round"],
         updates=row["updates"],
         statuses=_statuses(trained),
         loss=row["loss"],
         relative_error=row["relative_error"],
+        epsilon=row.get("epsilon"),
         virtual_s=row["virtual_s"],
+        median_s=statistics.median(took.values()) if took else None,
+        slow=slow_clients(took),
         notes=row["notes"],
         training=Costs.of(trained, prices),
         evaluation=Costs.of((one for one in same if one["row"] == "client_eval"), prices),
     )
+
+
+def _took(work: Iterable[Row]) -> dict[int, dict[str, float]]:
+    """Virtual seconds of every client that worked, by round."""
+    found: dict[int, dict[str, float]] = {}
+    for row in work:
+        if row["row"] == "client_round" and row.get("virtual_s"):
+            found.setdefault(row["round"], {})[row["client"]] = row["virtual_s"]
+    return found
+
+
+def _absences(work: Iterable[Row]) -> list[Absence]:
+    clients: dict[tuple[str, str], list[str]] = {}
+    for row in work:
+        if row["status"] != "ok":
+            clients.setdefault((row["status"], row["reason"]), []).append(row["client"])
+    return [
+        Absence(status=status, reason=reason, clients=sorted(set(names)), times=len(names))
+        for (status, reason), names in sorted(clients.items(), key=lambda one: (-len(one[1]), one[0]))
+    ]
 
 
 def _statuses(rows: Iterable[Row]) -> dict[str, int]:
@@ -242,15 +326,24 @@ def _statuses(rows: Iterable[Row]) -> dict[str, int]:
 
 def _evaluations(rows: Sequence[Row]) -> list[Evaluation]:
     found, moved, virtual_s = [], 0, 0.0
+    losses: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["row"] in _WORK:
             moved += Costs.of([row], Prices()).moved_bytes
+            if row["row"] == "client_eval" and "loss" in row:
+                losses.setdefault(row["round"], {})[row["client"]] = row["loss"]
         elif row["row"] == "round":
             virtual_s += row["virtual_s"]
         elif row["row"] == "evaluation":
             virtual_s += row["virtual_s"]
             figures = {name: row[name] for name in ("round", "clients", "loss", "worst", "median", "best")}
-            found.append(Evaluation(**figures, virtual_s=virtual_s, moved_bytes=moved))
+            of = losses.get(row["round"], {})
+            worst, best = (max(of, key=of.__getitem__), min(of, key=of.__getitem__)) if of else (None, None)
+            found.append(
+                Evaluation(
+                    **figures, worst_client=worst, best_client=best, virtual_s=virtual_s, moved_bytes=moved
+                )
+            )
     return found
 
 

@@ -15,7 +15,7 @@ from tightbeam.simulations.scenario import Scenario
 __all__ = ["to_csv", "to_html", "write_report"]
 
 _TEMPLATES = Path(__file__).parent / "templates"
-_SHOWN = 30  # bars in a picture
+_SHOWN = 20  # bars in a picture; of more clients or rounds, those that moved most
 
 
 def write_report(folder: Path, scenario: Scenario | None = None, prices: Prices | None = None) -> Path:
@@ -69,6 +69,12 @@ def to_html(found: FederationAccount) -> str:
         total=found.total,
         prices=found.prices,
         plots=_plots(found),
+        shown=_SHOWN,
+        improved=sum(
+            c.last_loss < c.first_loss
+            for c in found.clients
+            if c.first_loss is not None and c.last_loss is not None
+        ),
         flowertune=(found.total.adapter_bytes / 2**20, whole.adapter_bytes / 2**20, FLOWERTUNE_BUDGET_MB),
     )
 
@@ -79,7 +85,7 @@ def _plots(found: FederationAccount) -> dict[str, Any]:
     from tightbeam.common.costs import plots
 
     curves = {
-        name: [(one.round, getattr(one, name)) for one in found.evaluations]
+        name: [(one.round, loss) for one in found.evaluations if (loss := getattr(one, name)) is not None]
         for name in ("worst", "loss", "median", "best")
     }
     trained = [(one.round, one.loss) for one in found.rounds if one.loss is not None]
@@ -102,7 +108,9 @@ def _bars(found: FederationAccount, of: str) -> dict[str, dict[str, float]]:
         rows = [(client.name, client.training, client.evaluation) for client in found.clients]
     else:
         rows = [(f"round {one.round}", one.training, one.evaluation) for one in found.rounds]
-    return {name: _parts(training, evaluation) for name, training, evaluation in rows[:_SHOWN]}
+    heaviest = sorted(rows, key=lambda row: -(row[1].moved_bytes + row[2].moved_bytes))
+    kept = {name for name, _, _ in heaviest[:_SHOWN]}
+    return {name: _parts(training, evaluation) for name, training, evaluation in rows if name in kept}
 
 
 def _parts(training: Costs, evaluation: Costs) -> dict[str, float]:
