@@ -48,17 +48,17 @@ def run(
 ) -> None:
     """Run a scenario with the nodes that are connected, one for each of its clients."""
     from tightbeam.common.errors import RecipeError
+    from tightbeam.simulations.installed import require_flower
     from tightbeam.simulations.scenario import load_scenario
 
     checked = load_scenario(scenario, settings or [])
+    require_flower()
     if checked.cloud.address is None:
         raise RecipeError(f"{scenario} names no cloud.", cure="Set cloud.address to where edges reach it.")
     from tightbeam.simulations.apps.settings import Settings as RunSettings
-    from tightbeam.simulations.experiment import require_flower
     from tightbeam.simulations.report import write_report
     from tightbeam.simulations.runtimes import run_on_superlink
 
-    require_flower()
     where, cloud = checked.folder, checked.cloud
     assert cloud.address is not None
     run_on_superlink(RunSettings(checked, cloud.address, cloud.identities, where, resume), superlink, ca)

@@ -30,9 +30,13 @@ def simulate(
     ] = Runtime.IN_PROCESS,
 ) -> None:
     """Run a federated experiment with simulated clients against one cloud."""
+    from tightbeam.simulations.installed import require_flower, require_ray
     from tightbeam.simulations.scenario import load_scenario
 
     checked = load_scenario(scenario, settings or [])  # before the slow imports: a typo is told at once
+    require_flower()
+    if runtime is Runtime.RAY:
+        require_ray()
     from tightbeam.simulations.experiment import run_scenario
 
     typer.echo(run_scenario(checked, resume=resume, runtime=runtime.value))

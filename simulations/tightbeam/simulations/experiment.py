@@ -8,11 +8,9 @@ report.html, federation.json, federation.csv         the report
 """
 
 import contextlib
-import importlib.util
 import os
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,20 +21,20 @@ from tightbeam.common.authority import init_certificates
 from tightbeam.common.errors import UsageError
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.demo_inputs import cache_folder, prepare_model
+from tightbeam.simulations.installed import require_accountant, require_flower, require_ray
 from tightbeam.simulations.processes import Children, signals_as_exit
 from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import Scenario
 from tightbeam.simulations.shards import client_files
 
-__all__ = ["Runtime", "require_accountant", "require_flower", "run_apps", "run_scenario"]
+__all__ = ["Runtime", "require_flower", "run_apps", "run_scenario"]
 
 if TYPE_CHECKING:
     from tightbeam.simulations.grid import ClientCall
 
 Runtime = Literal["in-process", "ray", "deployed"]
-_FLOWER = ((1, 41), (1, 43))  # from, below
-_READY_S = 600.0  # a busy machine loads a model and fits its taps slowly
-_MANUAL_CHARS = 20_000  # some 5,000 tokens: plenty for a few dozen directions
+_READY_S = 180.0
+_MANUAL_CHARS = 50_000  # some 13,000 tokens: seconds to fit, and plenty for a few dozen directions
 
 
 def run_scenario(
@@ -57,8 +55,6 @@ def run_scenario(
     """
     require_flower()
     if runtime == "ray":
-        from tightbeam.simulations.runtimes import require_ray
-
         require_ray()
     if scenario.strategy.privacy is not None:
         require_accountant()
@@ -77,32 +73,6 @@ def run_scenario(
     from tightbeam.simulations.report import write_report
 
     return write_report(folder, scenario)
-
-
-def require_flower() -> None:
-    """Refuse a Flower whose interfaces this package does not know.
-
-    Raises:
-        UsageError: another version than the supported ones.
-
-    """
-    found = metadata.version("flwr")
-    version = tuple(int(part) for part in found.split(".")[:2])
-    if not _FLOWER[0] <= version < _FLOWER[1]:
-        raise UsageError(f"flwr {found} is installed.", cure='Run `pip install "flwr>=1.41,<1.43"`.')
-
-
-def require_accountant() -> None:
-    """Refuse to start a private federation that could not say what its privacy is.
-
-    Raises:
-        UsageError: Flower's accountant is not installed.
-
-    """
-    if importlib.util.find_spec("dp_accounting") is None:
-        raise UsageError(
-            "strategy.privacy needs Flower's accountant.", cure='Run `pip install "tightbeam[privacy]"`.'
-        )
 
 
 def run_apps(

@@ -6,7 +6,6 @@ admits only nodes whose keys were registered. `run_deployed` starts all of it on
 """
 
 import contextlib
-import importlib.util
 import os
 import shutil
 import socket
@@ -16,27 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 
 from tightbeam.common.authority import init_certificates
-from tightbeam.common.errors import FederationError, UsageError
+from tightbeam.common.errors import FederationError
 from tightbeam.common.node_keys import init_node_keys
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.flower import Flower, flower_environment, flower_home, tool
+from tightbeam.simulations.installed import require_ray
 from tightbeam.simulations.processes import Children
 
-__all__ = ["require_ray", "run_deployed", "run_on_ray", "run_on_superlink"]
+__all__ = ["run_deployed", "run_on_ray", "run_on_superlink"]
 
 _SUPERLINK_S = 120.0
 _RAY_PORT = "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"
-
-
-def require_ray() -> None:
-    """Refuse to start without Ray.
-
-    Raises:
-        UsageError: the extra is not installed.
-
-    """
-    if importlib.util.find_spec("ray") is None:
-        raise UsageError("The Ray runtime needs the package ray.", cure='Run `pip install "tightbeam[ray]"`.')
 
 
 def run_on_ray(settings: Settings, *, num_cpus: int = 1) -> None:

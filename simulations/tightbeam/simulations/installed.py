@@ -1,0 +1,47 @@
+"""What must be installed for an experiment, asked before anything slow is imported or started."""
+
+import importlib.util
+from importlib import metadata
+
+from tightbeam.common.errors import UsageError
+
+__all__ = ["require_accountant", "require_flower", "require_ray"]
+
+_FLOWER = ((1, 41), (1, 43))  # from, below
+
+
+def require_flower() -> None:
+    """Refuse a Flower whose interfaces this package does not know.
+
+    Raises:
+        UsageError: another version than the supported ones.
+
+    """
+    found = metadata.version("flwr")
+    version = tuple(int(part) for part in found.split(".")[:2])
+    if not _FLOWER[0] <= version < _FLOWER[1]:
+        raise UsageError(f"flwr {found} is installed.", cure='Run `pip install "flwr>=1.41,<1.43"`.')
+
+
+def require_ray() -> None:
+    """Refuse to start without Ray.
+
+    Raises:
+        UsageError: the extra is not installed.
+
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise UsageError("The Ray runtime needs the package ray.", cure='Run `pip install "tightbeam[ray]"`.')
+
+
+def require_accountant() -> None:
+    """Refuse to start a private federation that could not say what its privacy is.
+
+    Raises:
+        UsageError: Flower's accountant is not installed.
+
+    """
+    if importlib.util.find_spec("dp_accounting") is None:
+        raise UsageError(
+            "strategy.privacy needs Flower's accountant.", cure='Run `pip install "tightbeam[privacy]"`.'
+        )
