@@ -3,14 +3,14 @@
 import torch
 
 from tightbeam.cloud.deltas import CloudDeltas, RunKey
-from tightbeam.common.wire.delta import Bases, BaseStore, Samples, encode_delta
+from tightbeam.common.wire.delta import OVERHEAD_BYTES, Bases, BaseStore, Samples, encode_delta
 from tightbeam.common.wire.delta_header import DeltaHeader
 from tightbeam.common.wire.messages import Message, tensor_spec
 from tightbeam.common.wire.stepping import HIDDEN
 from tightbeam.proto.backbone_pb2 import FORWARD, StepRequest
 
 SIZE, TOKENS = 16, 4
-ONE_BYTES = TOKENS * SIZE * 2  # of one version of one sample in one direction
+ONE_BYTES = TOKENS * SIZE * 2 + OVERHEAD_BYTES  # of one version of one sample in one direction
 
 
 class Clock:
@@ -72,6 +72,7 @@ def test_all_tenants_together_keep_to_the_bound() -> None:
         assert deltas.num_bytes <= 6 * ONE_BYTES
     assert not edges[0].is_known(deltas, 1)
     assert edges[3].is_known(deltas, 1)
+    assert edges[0].key not in deltas._runs  # nothing is left of it
 
 
 def test_a_quiet_run_is_forgotten() -> None:

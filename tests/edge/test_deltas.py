@@ -3,6 +3,7 @@
 Over in-process channels; service, engine, ledger and sealed records are the real ones.
 """
 
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from tightbeam.common.config import Codecs
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import ProtocolError
 from tightbeam.common.wire.codecs import codec
-from tightbeam.common.wire.delta import BaseStore, Samples, encode_delta
+from tightbeam.common.wire.delta import OVERHEAD_BYTES, BaseStore, Samples, encode_delta
 from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel
 from tightbeam.edge.deltas import EdgeDeltas
@@ -33,7 +34,7 @@ LENGTHS, SIZE = (4, 3), 32
 SEGMENTS = Segments(LENGTHS, torch.tensor([0, 1, 2, 3, 0, 1, 2]))
 IDS = (torch.tensor([5, 6, 7, 8, 9, 10, 11]), torch.tensor([21, 22, 23, 24, 25, 26, 27]))
 SPAN = range(1, 4)
-SAMPLE_BYTES = 2 * 2 * 7 * SIZE * 2  # two versions, both directions, of one batch
+BATCH_BYTES = 2 * 2 * (7 * SIZE * 2 + 2 * OVERHEAD_BYTES)  # two versions, both directions, two samples
 _QUICK = RetryPolicy(first_wait_s=0.0, longest_wait_s=0.0)
 
 
@@ -246,16 +247,27 @@ def test_rows_whose_tokens_nobody_knows_are_coded_alone(cloud: InProcessCloud) -
         assert torch.equal(found, expected)
 
 
-def test_the_keys_tell_nothing_to_who_can_guess_the_text(cloud: InProcessCloud) -> None:
-    """Same tokens: the same key in one run, others in another run and under another secret."""
+def test_the_keys_tell_nothing_to_who_can_guess_the_text() -> None:
+    """Same tokens: the same key within a run, another one in every other run."""
 
-    def keys(run: str, secret: bytes, *ids: Tensor) -> list[bytes]:
-        deltas = EdgeDeltas(Codecs.model_validate("delta-int4/fp32"), run, secret, 1e6)
+    def keys(deltas: EdgeDeltas, *ids: Tensor) -> list[bytes]:
         return [deltas._samples(SEGMENTS, each, SIZE).keys[0] for each in ids]
 
-    mine, again, other = keys("a", b"secret", IDS[0], IDS[0], IDS[1])
+    one, other = (EdgeDeltas(Codecs.model_validate("delta-int4/fp32"), 1e6) for _ in range(2))
+    mine, again, next_one = keys(one, IDS[0], IDS[0], IDS[1])
     assert mine == again
-    assert len({mine, other, *keys("b", b"secret", IDS[0]), *keys("a", b"guess", IDS[0])}) == 4
+    assert len({mine, next_one, *keys(other, IDS[0])}) == 3
+
+
+def test_two_models_of_one_run_do_not_take_each_others_bases(cloud: InProcessCloud) -> None:
+    first, second = Edge(cloud), Edge(cloud)
+    second.stepper = cloud.stepper(
+        first.run, codec="delta-int4/fp32", on_row=second.rows.append, numbers=itertools.count(100)
+    )
+    for _ in range(2):
+        first.forward(0)
+        second.forward(3)
+    assert [row.attempts for row in first.rows + second.rows] == [1] * 4
 
 
 def test_a_sample_is_known_again_wherever_padding_puts_it(cloud: InProcessCloud) -> None:
@@ -268,10 +280,10 @@ def test_a_sample_is_known_again_wherever_padding_puts_it(cloud: InProcessCloud)
 
 def test_the_cloud_keeps_to_its_bound(tiny_folder: Callable[[str], Path], tmp_path: Path) -> None:
     """A tenant has half of it: here one of its two batches. The run goes on to the same values."""
-    bound = 2 * SAMPLE_BYTES
+    bound = 2 * BATCH_BYTES
     with InProcessCloud(tiny_folder("llama"), tmp_path, delta_bytes=bound) as small:
-        assert small.card.limits.delta_bytes == SAMPLE_BYTES
-        roomy, edge = Edge(small, delta_bytes=SAMPLE_BYTES / 2), Edge(small)
+        assert small.card.limits.delta_bytes == BATCH_BYTES
+        roomy, edge = Edge(small, delta_bytes=BATCH_BYTES / 2), Edge(small)
         found = edge.train(lambda epoch: _assert_within(small, bound))
         assert any(row.attempts > 1 for row in edge.rows)
         roomy.train(lambda epoch: _assert_within(small, bound))

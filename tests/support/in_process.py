@@ -179,6 +179,7 @@ class InProcessCloud:
         on_row: Callable[[StepRow], None] = lambda row: None,
         policy: RetryPolicy = _NO_WAIT,
         on_retry: Callable[[str], None] = lambda line: None,
+        numbers: Iterator[int] | None = None,
     ) -> Stepper:
         """The edge's stepper over in-process channels, each with the same script of faults."""
 
@@ -192,11 +193,12 @@ class InProcessCloud:
             run,
             open_channel,
             codecs,
-            deltas=EdgeDeltas(codecs, run, b"of one edge", delta_bytes) if delta else None,
+            deltas=EdgeDeltas(codecs, delta_bytes) if delta else None,
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             on_row=on_row,
             on_retry=on_retry,
             policy=policy,
+            numbers=numbers,
         )
         self._steppers.append(stepper)
         return stepper

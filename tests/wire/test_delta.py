@@ -16,6 +16,7 @@ from tightbeam.common.wire.codecs import codec
 from tightbeam.common.wire.delta import (
     CHECK_BYTES,
     KEY_BYTES,
+    OVERHEAD_BYTES,
     WHOLE,
     Base,
     BaseStore,
@@ -26,7 +27,7 @@ from tightbeam.common.wire.delta import (
 )
 
 SIZE = 96
-SAMPLE_BYTES = 5 * SIZE * 2  # five tokens in bfloat16
+SAMPLE_BYTES = 5 * SIZE * 2 + OVERHEAD_BYTES  # five tokens in bfloat16
 
 
 def key(sample: int) -> bytes:
@@ -157,7 +158,7 @@ def test_a_sample_that_comes_twice_is_remembered_once() -> None:
     sent = leader.send(rows(0, 6), samples)
     assert torch.equal(follower.take(sent), sent.decoded)
     assert len(leader.store) == len(follower.store) == 1
-    assert leader.store.num_bytes == 3 * SIZE * 2
+    assert leader.store.num_bytes == 3 * SIZE * 2 + OVERHEAD_BYTES
 
 
 def test_a_step_sent_again_decodes_to_the_same_and_the_next_one_still_does() -> None:

@@ -8,7 +8,7 @@ first, then a run's own oldest samples; a run that stays quiet goes as a whole.
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -55,9 +55,12 @@ class _Run:
     def num_bytes(self) -> int:
         return self.up.num_bytes + self.down.num_bytes
 
-    def drop_oldest(self) -> None:
-        for store in filter(len, (self.up, self.down)):
-            store.drop_oldest()
+    def drop_oldest(self) -> int:
+        """How many bytes that freed."""
+        before = self.num_bytes
+        self.up.drop_oldest()
+        self.down.drop_oldest()
+        return before - self.num_bytes
 
 
 class CloudDeltas:
@@ -82,7 +85,7 @@ class CloudDeltas:
     def num_bytes(self) -> int:
         """Kept now."""
         with self._lock:
-            return self._used(self._runs)
+            return sum(run.num_bytes for run in self._runs.values())
 
     def admit(self, header: StepRequest) -> None:
         """Refuse a request by its header alone: `ProtocolError`."""
@@ -153,18 +156,17 @@ class CloudDeltas:
             self._runs.popitem(last=False)
 
     def _trim(self, current: RunKey) -> None:
-        tenant = current[0]
-        while self._used(mine := [key for key in self._runs if key[0] == tenant]) > self.tenant_bytes:
-            self._drop(mine)
-        while self._used(self._runs) > self.max_bytes:
-            self._drop(list(self._runs))
-
-    def _drop(self, keys: Sequence[RunKey]) -> None:
-        """Of the run used longest ago that still has any, the sample used longest ago."""
-        self._runs[next(key for key in keys if self._runs[key].num_bytes)].drop_oldest()
-
-    def _used(self, keys: Sequence[RunKey] | OrderedDict[RunKey, _Run]) -> int:
-        return sum(self._runs[key].num_bytes for key in keys)
+        """Keep a tenant to its share and all to the bound: the run used longest ago gives first."""
+        for keys, limit in (
+            ([key for key in self._runs if key[0] == current[0]], self.tenant_bytes),
+            (list(self._runs), self.max_bytes),
+        ):
+            excess = sum(self._runs[key].num_bytes for key in keys) - limit
+            for key in keys:
+                while excess > 0 and self._runs[key].num_bytes:
+                    excess -= self._runs[key].drop_oldest()
+        for key in [key for key, run in self._runs.items() if key != current and not run.num_bytes]:
+            del self._runs[key]
 
 
 def _brought(message: Message[StepRequest], header: DeltaHeader) -> Bases:

@@ -374,7 +374,7 @@ class Cloud:
             return None
         # The cloud keeps two versions of each sample. What does not fit there must not be relied on here.
         room = min(max_bytes, self.card.limits.delta_bytes / 2)
-        return EdgeDeltas(codecs, self.run, identity_secret(self._identity), room)
+        return EdgeDeltas(codecs, room)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return () if self._tls else ((TENANT_KEY, self._identity.name),)

@@ -8,11 +8,10 @@ N = rows, D = hidden size.
 """
 
 import hmac
+import secrets
 from dataclasses import dataclass
 
 import torch
-from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from torch import Tensor
 
 from tightbeam.common.backbone import Segments
@@ -39,18 +38,16 @@ __all__ = ["DeltaStep", "EdgeDeltas"]
 class EdgeDeltas:
     """What one run remembers of its samples, bounded in bytes.
 
-    Sample keys are an HMAC over token ids, keyed for this run by the edge's `secret`: the cloud sees that a
-    sample comes again, and cannot find out which text it is by guessing.
+    Sample keys are an HMAC over token ids under a secret that lives as long as what it names: the cloud sees
+    that a sample comes again, and cannot find out which text it is by guessing, nor know it in another run.
     """
 
-    def __init__(self, codecs: Codecs, run: str, secret: bytes, max_bytes: float) -> None:
+    def __init__(self, codecs: Codecs, max_bytes: float) -> None:
         self._codecs, self.max_bytes = codecs.alone, max_bytes
         uses = [name.startswith(DELTA) for name in (codecs.activations_up, codecs.activations_down)]
         share = max_bytes / max(sum(uses), 1)
         self._up, self._down = (BaseStore(share) if used else None for used in uses)
-        self._secret = HKDF(SHA256(), 32, None, b"tightbeam delta sample keys 1 " + run.encode()).derive(
-            secret
-        )
+        self._secret = secrets.token_bytes(32)
 
     @property
     def num_bytes(self) -> int:

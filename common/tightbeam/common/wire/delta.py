@@ -29,6 +29,7 @@ from tightbeam.common.wire.codecs import codec
 __all__ = [
     "CHECK_BYTES",
     "KEY_BYTES",
+    "OVERHEAD_BYTES",
     "WHOLE",
     "Base",
     "BaseStore",
@@ -41,6 +42,7 @@ __all__ = [
 
 KEY_BYTES = 16  # of a sample's key, which only the edge understands
 CHECK_BYTES = 8  # of a base's digest: an accident passes once in 2^64, and a sender can only fool itself
+OVERHEAD_BYTES = 1024  # counted for each base besides its rows, or samples of one token would cost nothing
 WHOLE = "bf16"  # the codec in which bases themselves cross without loss
 _STATE = torch.bfloat16
 
@@ -76,8 +78,8 @@ class Base:
 
     @property
     def num_bytes(self) -> int:
-        """Of the rows."""
-        return self.rows.numel() * self.rows.element_size()
+        """What it takes to keep."""
+        return self.rows.numel() * self.rows.element_size() + OVERHEAD_BYTES
 
 
 Bases = tuple[Base | None, ...]
@@ -126,8 +128,8 @@ class BaseStore:
                 self._put(key, (now,) if base is None else (base, now))
 
     def drop_oldest(self) -> None:
-        """Forget the sample that was used longest ago."""
-        self._drop(next(iter(self._versions)))
+        """Forget the sample that was used longest ago, if there is any."""
+        self._drop(next(iter(self._versions), b""))
 
     def _of(self, key: bytes) -> tuple[Base, ...]:
         return self._versions.get(key, ())
