@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from support.federations import Playground
 from tightbeam.common.errors import FederationError, RecipeError, UsageError
@@ -20,7 +21,13 @@ from tightbeam.simulations.scenario import Scenario
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower_app"
 HAS_RAY = importlib.util.find_spec("ray") is not None
-SMALL: dict[str, Any] = {"clients": 2, "rounds": 2, "eval_every": 1}
+SMALL: dict[str, Any] = {
+    "clients": 2,
+    "rounds": 2,
+    "eval_every": 1,
+    "client": {"share": "top"},
+    "groups": {"laptop": {"clients": 1, "mode": "side", "side": {"taps": 2, "width": 8, "heads": 2}}},
+}
 
 
 def _settings(playground: Playground, scenario: Scenario) -> Settings:
@@ -36,6 +43,10 @@ def _require_equal(playground: Playground, one: Scenario, other: Scenario) -> No
         for s in (one, other)
     ]
     assert bytes_of[0] == bytes_of[1]
+    for path in sorted(one.folder.glob("clients/*/personal/*")):
+        own, theirs = load_file(path), load_file(other.folder / path.relative_to(one.folder))
+        assert all(np.array_equal(own[name], theirs[name]) for name in own), path.name
+    assert path.name == "round-2.safetensors"
 
 
 @pytest.mark.slow

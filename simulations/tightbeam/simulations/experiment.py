@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from tightbeam.simulations.grid import ClientCall
 
 Runtime = Literal["in-process", "ray", "deployed"]
-_READY_S = 180.0
-_MANUAL_CHARS = 50_000  # some 13,000 tokens: seconds to fit, and plenty for a few dozen directions
+_READY_S = 600.0  # a busy machine loads a model and fits its taps slowly
+_MANUAL_CHARS = 20_000  # some 5,000 tokens: plenty for a few dozen directions
 
 
 def run_scenario(
