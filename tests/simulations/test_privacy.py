@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dp_accounting import dp_event, rdp
 from flwr.app import Context, Message, MetricRecord, RecordDict
+from rich.console import Console
 
 from support.federations import Playground, Signed
 from support.secure_nodes import SecureNodes, secure_scenario
@@ -18,6 +19,7 @@ from tightbeam.common.federation.privacy import length
 from tightbeam.simulations.apps.client_app import app
 from tightbeam.simulations.apps.combining import Accepted, ByPrivateFlower
 from tightbeam.simulations.apps.privacy import Accounting, adaptive_multiplier, private_strategy
+from tightbeam.simulations.experiment import run_apps
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
 from tightbeam.simulations.grid import InProcessGrid
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
@@ -228,6 +230,49 @@ def test_epsilon_is_printed_and_reported_for_each_round(playground: Playground) 
     page = (scenario.folder / "report.html").read_text(encoding="utf-8")
     assert f"&epsilon; = {expected[1]:.2f}" in page
     assert "The server is trusted" in page
+
+
+class Killed(Exception):  # noqa: N818  no error of the code's
+    """The server dies."""
+
+
+def _killed_in(number: int) -> Any:
+    """The real client app; at the first training of this round everything ends."""
+
+    def call(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train":
+            if message.content.config_records["config"]["server-round"] == number:
+                raise Killed
+        return app(message, context)
+
+    return call
+
+
+def test_a_killed_run_goes_on_counting_where_it_was(playground: Playground) -> None:
+    privacy = {"noise_multiplier": 1.0, "clipping_norm": 0.05}
+    scenario = playground.scenario(rounds=3, strategy={"weight": "equal", "privacy": privacy})
+    with pytest.raises(Killed):
+        playground.run_with(scenario, _killed_in(3))
+    playground.run(scenario, resume=True)
+    epsilons = [row["epsilon"] for row in playground.rows(scenario, "round")]
+    expected = [_reference(1.0, 1), _reference(1.0, 2), _reference(1.0, 4)]
+    assert epsilons == pytest.approx(expected), "the round that was cut off counts, too"
+
+
+def test_a_killed_secure_run_goes_on_with_fresh_keys(signed: Signed) -> None:
+    changes: dict[str, Any] = {"clients": 3, "rounds": 2, "strategy": {"secure": True}}
+    whole, cut_off = signed.run(**changes), signed.scenario(**changes)
+    with pytest.raises(Killed):
+        run_apps(
+            cut_off,
+            signed.playground.address,
+            signed.certs,
+            console=Console(quiet=True),
+            client_app=_killed_in(2),
+        )
+    signed.playground.run(cut_off, resume=True)
+    left, right = signed.playground.state(whole), signed.playground.state(cut_off)
+    assert all(np.array_equal(left[name], right[name]) for name in left)
 
 
 def test_a_client_that_fails_keeps_its_own_words_under_flowers_mod(playground: Playground) -> None:

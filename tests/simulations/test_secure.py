@@ -41,6 +41,17 @@ def test_the_sum_through_the_masks_is_the_mean_in_the_open(signed: Signed, name:
     assert row["notes"][0].startswith("secure: ")
 
 
+def test_what_is_not_shared_is_in_no_sum(signed: Signed) -> None:
+    """Personal bottoms stay at the clients, and the mean of the tops is that in the open."""
+    changes: dict[str, Any] = {"client": {"share": "top"}, "train": {"lr": 2e-2}, "rounds": 1}
+    in_the_open, masked = signed.run(**changes), signed.run(**changes, strategy={"secure": True})
+    left, right = signed.playground.state(in_the_open), signed.playground.state(masked)
+    assert left.keys() == right.keys()
+    assert {name.split(".layers.")[1].split(".")[0] for name in left} == {"5"}
+    for tensor, array in left.items():
+        np.testing.assert_allclose(right[tensor], array, rtol=1e-4, atol=1e-7)
+
+
 def test_a_client_that_vanishes_does_not_spoil_the_sum(signed: Signed) -> None:
     changes: dict[str, Any] = {"clients": 5, "rounds": 3, "faults": {"dropout": 0.2}}
     in_the_open, masked = signed.run(**changes), signed.run(**changes, strategy={"secure": True})
