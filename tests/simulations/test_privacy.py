@@ -240,9 +240,9 @@ def _killed_in(number: int) -> Any:
     """The real client app; at the first training of this round everything ends."""
 
     def call(message: Message, context: Context) -> Message:
-        if message.metadata.message_type == "train":
-            if message.content.config_records["config"]["server-round"] == number:
-                raise Killed
+        asked = message.content.config_records if message.metadata.message_type == "train" else {}
+        if asked and asked["config"]["server-round"] == number:
+            raise Killed
         return app(message, context)
 
     return call

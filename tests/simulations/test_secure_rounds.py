@@ -61,6 +61,21 @@ def test_two_vanish_and_the_sum_of_three_is_exact_but_of_two_there_is_none(nodes
         nodes.run(2)
 
 
+@pytest.mark.parametrize(
+    ("section", "gone", "needed"),
+    [({"threshold": 1.0}, 1, 5), ({"threshold": 0.8}, 2, 4), ({"min_cohort": 4}, 2, 4), ({}, 3, 3)],
+)
+def test_how_many_it_takes_is_the_scenarios(
+    certs: Path, section: dict[str, Any], gone: int, needed: int
+) -> None:
+    nodes = SecureNodes(secure_scenario(CLIENTS, **section), certs)
+    nodes.gone = set(NAMES[: gone - 1])
+    _require_mean(nodes, nodes.run(1), NAMES[gone - 1 :])
+    nodes.gone = set(NAMES[:gone])
+    with pytest.raises(CohortError, match=f"Only {CLIENTS - gone} of 5 .*, and {needed} are needed"):
+        nodes.run(2)
+
+
 def test_the_server_gets_no_figure_and_no_vector_of_a_client(nodes: SecureNodes) -> None:
     """To the server a vector is noise: its bits are uniform. The control: the same vector without masks."""
     replies = nodes.work()

@@ -155,6 +155,10 @@ class StrategySection(Section):
     momentum: float = Field(default=0.9, ge=0, lt=1, description="fedavgm; beta_1 of fedadam, fedyogi.")
     num_malicious: int = Field(default=0, ge=0, description="krum: clients that may lie.")
     secure: bool = Field(default=False, description="The server sees the sum only, see docs/federation.md.")
+    threshold: float = Field(
+        default=2 / 3, gt=0.5, le=1, description="Share of a secure round's clients that a sum takes."
+    )
+    min_cohort: int = Field(default=3, ge=3, description="Fewest clients in a secure sum.")
     privacy: PrivacySection | None = Field(
         default=None, description="Differential privacy; none if left out."
     )

@@ -45,7 +45,6 @@ from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.scenario import Scenario
 
 __all__ = [
-    "MIN_COHORT",
     "Opened",
     "Purpose",
     "SecureRounds",
@@ -55,9 +54,6 @@ __all__ = [
     "masked_reply",
     "shown",
 ]
-
-MIN_COHORT = 3
-"""Fewest clients in a sum, as every client insists."""
 
 _CLIP = 8.0  # adapters' values are far below; one beyond it is refused, not clipped
 _MAX_WEIGHT = 2**20  # examples or tokens of one client
@@ -135,7 +131,7 @@ def masked_reply(
     privacy = client.scenario.strategy.privacy
     if arrays and privacy is not None:
         start = from_record(content.array_records["arrays"])
-        arrays = private_update(privacy, arrays, start, max(ours.plan.quorum, MIN_COHORT))
+        arrays = private_update(privacy, arrays, start, ours.plan.quorum)
     values = _with_loss(arrays, loss)
     flat = Layout.of(values).flatten(values, client.profile.name)
     masked = ours.mask(inbox, flat, weight)
@@ -165,7 +161,8 @@ def _restored(client: Client, certificates: object, state: object) -> SecAggClie
     assert isinstance(certificates, list)
     assert isinstance(state, bytes)
     roster = roster_from([one for one in certificates if isinstance(one, bytes)], identity.trust)
-    ours = SecAggClient(client.profile.name, identity.signing_key, roster, min_cohort=MIN_COHORT)
+    least = client.scenario.strategy.min_cohort
+    ours = SecAggClient(client.profile.name, identity.signing_key, roster, min_cohort=least)
     return ours.restore(state) if state else ours
 
 
@@ -253,9 +250,10 @@ class SecureRounds:
         return dict(self._failures)
 
     def _plan(self, number: int, purpose: Purpose, sent: ArrayRecord, names: list[str]) -> Plan:
-        if len(names) < MIN_COHORT:
+        section = self._scenario.strategy
+        if len(names) < section.min_cohort:
             raise FederationError(
-                f"A secure round needs {MIN_COHORT} clients or more, not {len(names)}.",
+                f"A secure round needs {section.min_cohort} clients or more, not {len(names)}.",
                 cure="Raise sample, or set strategy.secure to false.",
             )
         arrays = from_record(sent)
@@ -266,8 +264,8 @@ class SecureRounds:
             round=2 * number + (purpose == "evaluate"),  # each sum has its own number, and they rise
             model_sha256=_model_sha256(arrays),
             participants=tuple(names),
-            threshold=max(len(names) * 2 // 3, len(names) // 2 + 1),
-            min_cohort=MIN_COHORT,
+            threshold=max(int(len(names) * section.threshold + 1e-9), len(names) // 2 + 1),
+            min_cohort=section.min_cohort,
             size=self._layout.size,
             encoding=FixedPoint.fitting(_CLIP, _MAX_WEIGHT, len(names)),
         )

@@ -17,7 +17,7 @@ from tightbeam.common.errors import CohortError, TightbeamError, UpdateRefusedEr
 from tightbeam.common.federation import LoraAdapter, Update, check_update
 from tightbeam.simulations.apps.combining import Accepted, Combined, Memory, combiner_for, trained_part
 from tightbeam.simulations.apps.privacy import Accounting
-from tightbeam.simulations.apps.secure import MIN_COHORT, Purpose, SecureRounds, SecureSum
+from tightbeam.simulations.apps.secure import Purpose, SecureRounds, SecureSum
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, restricted, to_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Journal, Row
@@ -149,7 +149,7 @@ class FederatedLora(Strategy):
         messages = self._messages(server_round, arrays, config, self.present(), MessageType.EVALUATE)
         if self._secure is None:
             return messages
-        if len(messages) < MIN_COHORT:
+        if len(messages) < self.scenario.strategy.min_cohort:
             self._no_evaluation(
                 server_round, f"{len(messages)} clients are left, too few to hide each other."
             )
