@@ -271,14 +271,16 @@ def summarise(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The table of docs/federation-math.md."""
-    seeds = rows[0]["seeds"]
+    seeds = sorted({seed for row in rows for seed in row["seeds"]})
     names = ["loss", *(f"seed {seed}" for seed in seeds), "rank 4", "rank 8", "rank 16", "error, rank 4 / 16"]
     lines = [f"| | {' | '.join([*names, 'lr'])} |", "|" + "---|" * (len(names) + 2)]
     for row in rows:
         ranks = [f"{row['by_rank'][r]:.4f}" if r in row["by_rank"] else "" for r in ("4", "8", "16")]
         errors = [row["error_by_rank"].get(r) for r in ("4", "16")]
         error = " / ".join("-" if e is None else f"{e:.2g}" for e in errors)
-        cells = [f"{loss:.4f}" for loss in (row["loss"], *row["losses"])] + ranks + [error, f"{row['lr']:g}"]
+        by_seed = dict(zip(row["seeds"], row["losses"], strict=True))
+        losses = [f"{by_seed[seed]:.4f}" if seed in by_seed else "" for seed in seeds]
+        cells = [f"{row['loss']:.4f}", *losses, *ranks, error, f"{row['lr']:g}"]
         lines.append(f"| {row['strategy']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

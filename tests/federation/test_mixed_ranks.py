@@ -159,4 +159,13 @@ def test_the_summary_keeps_search_and_table_apart(bench: ModuleType, tmp_path: P
     assert found["loss"] == 3.5
     assert found["seeds"] == [0, 1]
     assert found["search"] == {0.1: 0.1, 0.2: 0.2}
-    assert "| flora | 3.5000 | 4.5000 | 2.5000 | 3.0000 |  | 4.0000 | 3 / 4 | 0.1 |" in bench.table([found])
+    cut_off = found | {"strategy": "zeropad", "losses": [2.5], "seeds": [1]}
+    table = bench.table([found, cut_off])
+    assert "| flora | 3.5000 | 4.5000 | 2.5000 | 3.0000 |  | 4.0000 | 3 / 4 | 0.1 |" in table
+    assert "| zeropad | 3.5000 |  | 2.5000 | 3.0000 |  |" in table, "a seed that did not run stays empty"
+
+
+def test_the_table_of_the_docs_is_that_of_the_lines(bench: ModuleType) -> None:
+    lines = (ROOT / "docs" / "data" / "mixed_ranks.jsonl").read_text(encoding="utf-8").splitlines()
+    text = (ROOT / "docs" / "federation-math.md").read_text(encoding="utf-8")
+    assert bench.table([json.loads(line) for line in lines]) in text
