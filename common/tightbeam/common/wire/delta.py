@@ -163,8 +163,11 @@ def encode_delta(
 
     Raises `NonFiniteError`.
     """
-    rows = rows_ND.detach().cpu().float().split(list(lengths))
-    moved_ND = torch.cat([part - _or_zeros(base, part) for part, base in zip(rows, bases, strict=True)])
+    rows_ND = rows_ND.detach().cpu().float()
+    moved_ND = torch.empty_like(rows_ND)
+    for base, rows, moved in zip(bases, *_split(lengths, rows_ND, moved_ND), strict=True):
+        # one segment after the other: it stays in the processor's cache
+        moved.copy_(rows if base is None else rows - base.rows)
     payload = codec(codec_name).encode(moved_ND)
     return payload, decode_delta(codec_name, payload, bases, lengths, rows_ND.shape[1])
 
@@ -175,10 +178,11 @@ def decode_delta(codec_name: str, payload: Tensor, bases: Bases, lengths: Sequen
     Raises `CodecError` for a payload that does not decode, or leads to values that are not finite.
     """
     moved_ND = codec(codec_name).decode(payload, (sum(lengths), size), torch.float32)
-    parts = moved_ND.split(list(lengths))
-    rows_ND = torch.cat([_or_zeros(base, part) + part for base, part in zip(bases, parts, strict=True)])
-    rows_ND = rows_ND.to(_STATE) + 0.0  # -0.0 has other bits, and would not come through as a whole value
-    if not bool(rows_ND.isfinite().all()):
+    rows_ND = torch.empty_like(moved_ND, dtype=_STATE)
+    for base, moved, rows in zip(bases, *_split(lengths, moved_ND, rows_ND), strict=True):
+        rows.copy_(moved if base is None else base.rows + moved)
+    rows_ND += 0.0  # -0.0 has other bits, and would not come through as a whole value
+    if not all(bound.isfinite() for bound in torch.aminmax(rows_ND)):
         raise CodecError("A delta leads to values that are not finite.")
     return rows_ND
 
@@ -187,8 +191,8 @@ def _shapes(samples: Samples) -> Iterable[tuple[bytes, tuple[int, int]]]:
     return ((key, (n, samples.size)) for key, n in zip(samples.keys, samples.lengths, strict=True))
 
 
-def _or_zeros(base: Base | None, rows: Tensor) -> Tensor:
-    return torch.zeros_like(rows) if base is None else base.rows.float()
+def _split(lengths: Sequence[int], *tensors: Tensor) -> Iterable[Sequence[Tensor]]:
+    return (tensor.split(list(lengths)) for tensor in tensors)
 
 
 def _num_bytes(versions: tuple[Base, ...]) -> int:
