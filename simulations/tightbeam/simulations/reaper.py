@@ -13,6 +13,8 @@ import psutil
 
 __all__ = ["end", "marked"]
 
+_KILLS = 3  # a process may start another just before it is killed
+
 
 def marked(mark: str) -> list[psutil.Process]:
     """Give every live process that has `mark` in its environment."""
@@ -26,9 +28,12 @@ def end(mark: str, within_s: float) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
     psutil.wait_procs(found, within_s)
-    for process in marked(mark):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
+    for _ in range(_KILLS):
+        found = marked(mark)
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(found, within_s)  # at once if there is none
 
 
 def _carries(process: psutil.Process, mark: str) -> bool:
