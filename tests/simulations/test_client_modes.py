@@ -47,7 +47,7 @@ def test_every_text_crosses_once_and_no_bit_changes(playground: Playground, free
     """In mode top from the start, in ushape once the bottom is frozen."""
     scenarios = [
         playground.scenario(
-            rounds=4,
+            rounds=3,
             eval_every=1,
             client={"mode": "ushape" if freeze else "top", "cut": "2:2", "cache_gb": max_gb},
             train={**EPOCH, "freeze_bottom_after": freeze},
@@ -65,11 +65,11 @@ def test_every_text_crosses_once_and_no_bit_changes(playground: Playground, free
     once, always = (_crossed(playground, one, "client_round") for one in scenarios)
     before = freeze or 0
     assert once[: before + 1] == always[: before + 1]
-    assert once[before + 1 :] == [0] * (3 - before)
+    assert once[before + 1 :] == [0] * (2 - before)
     assert all(always)
-    held_out = _crossed(playground, cached, "client_eval")  # of rounds 0 to 4
+    held_out = _crossed(playground, cached, "client_eval")  # of rounds 0 to 3
     assert all(held_out[: before + 1])
-    assert held_out[before + 1 :] == [0] * (4 - before)
+    assert held_out[before + 1 :] == [0] * (3 - before)
     report = playground.report(cached)
     assert [
         one["training"]["activation_up_bytes"] + one["training"]["activation_down_bytes"]
@@ -80,15 +80,19 @@ def test_every_text_crosses_once_and_no_bit_changes(playground: Playground, free
 def test_a_client_that_missed_rounds_fetches_what_it_lacks(playground: Playground) -> None:
     """With a sample of two, batches hold what was seen and what was not; each text crosses once."""
     scenario = playground.scenario(
-        rounds=6, sample=2, client={"mode": "top"}, train={"steps": 3, "batch_size": 4}
+        rounds=5, sample=2, client={"mode": "top"}, train={"steps": 3, "batch_size": 4}
     )
     playground.run(scenario)
+    width = playground.rows(scenario, "experiment")[0]["backbone"]["hidden_size"]
+    seen_again = False
     for profile in scenario.profiles():
         rows = [r for r in playground.rows(scenario, "client_round") if r["client"] == profile.name]
         path = scenario.folder / "clients" / profile.name / "train.jsonl"
         everything = sum(len(e.input_ids) for e in load_examples(path, byte_tokenizer(), max_length=48))
-        hidden = 2 * 32 * 4  # bytes a token up and down: SmolLM-like width in float32
-        assert sum(r["payload_up_bytes"] + r["payload_down_bytes"] for r in rows) <= everything * hidden
+        crossed = sum(r["payload_up_bytes"] + r["payload_down_bytes"] for r in rows)
+        assert crossed <= 2 * 4 * width * everything  # up and down in float32
+        seen_again |= sum(r["tokens"] for r in rows) > everything
+    assert seen_again, "else it could not cross twice"
 
 
 def test_a_frozen_bottom_is_a_step_of_the_top_alone(playground: Playground, backbone: Path) -> None:
@@ -134,7 +138,7 @@ def test_a_frozen_bottom_is_a_step_of_the_top_alone(playground: Playground, back
     assert up[3:] == [up[0] // 2] * 3, "the bottom is not handed in any more"
 
 
-@pytest.mark.parametrize("strategy", ["fedit", "ffa", "flexlora", "hetlora"])
+@pytest.mark.parametrize("strategy", ["fedit", "ffa"])
 def test_a_laptop_in_side_beside_a_gpu_box_in_ushape(playground: Playground, strategy: str) -> None:
     """They share the outer blocks; the inner ones are the box's alone, and the ladder is the laptops'."""
     handed_in: dict[str, dict[str, Any]] = {}
@@ -164,15 +168,13 @@ def test_a_laptop_in_side_beside_a_gpu_box_in_ushape(playground: Playground, str
         assert np.allclose(state[name], mean, rtol=1e-12, atol=0), name
         assert state[name].shape == laptops[0][name].shape
     alone = next(name for name, block in layers.items() if block == 1 and ".lora_B." in name)
-    if strategy in ("fedit", "ffa"):
-        assert np.array_equal(state[alone], handed_in["0"][alone].astype(np.float64) * 2.0)
+    assert np.array_equal(state[alone], handed_in["0"][alone].astype(np.float64) * 2.0)
     assert any(array.any() for name, array in state.items() if ".leave." in name)
 
 
 def test_side_learns_with_a_cache_and_leaves_a_network_that_loads(playground: Playground) -> None:
     scenario = playground.scenario(
-        rounds=3,
-        eval_every=1,
+        rounds=2,
         client={"mode": "side", "cut": "2:2", "side": LITTLE},
         train=EPOCH,
         strategy={"name": "fedavgm"},
@@ -180,7 +182,7 @@ def test_side_learns_with_a_cache_and_leaves_a_network_that_loads(playground: Pl
     playground.run(scenario)
     losses = [row["loss"] for row in playground.rows(scenario, "evaluation")]
     assert losses[-1] < losses[0] - 0.01
-    assert _crossed(playground, scenario, "client_round")[1:] == [0, 0]
+    assert _crossed(playground, scenario, "client_round")[1:] == [0]
     folder = scenario.folder / "clients" / "client-00" / "adapter"
     saved, state = load_file(folder / "side.safetensors"), playground.state(scenario)
     for name, tensor in saved.items():
