@@ -11,7 +11,6 @@ learned token, and bytes per token of the data set. With `never` as a point the 
 run and say at each whether the rule would have frozen there.
 """
 
-import argparse
 import importlib.util
 import json
 import sys
@@ -21,12 +20,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from benchmarks.modes import EPOCHS, MODES, Job
+from benchmarks.modes import MODES, Job, parser
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 MODE = "ushape-4:8"
-BYTES = {"fp32": 2304.0}
 
 
 def _load_rule() -> ModuleType:
@@ -46,7 +44,7 @@ class Watched:
 
     def __init__(self, job: Job, point: str, rule: ModuleType) -> None:
         self.job, self.point, self.rule = job, point, rule
-        self.per_epoch = len(list(job._batches())) // EPOCHS
+        self.per_epoch = len(list(job._batches())) // job.epochs
         self.settling = rule.Settling(self.per_epoch)
         self.looks: list[dict[str, Any]] = []
         self.frozen_at: int | None = None
@@ -114,23 +112,20 @@ class Watched:
 
 def main() -> None:
     """Train once per seed and point."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="folder written by jargon.py")
-    parser.add_argument("--points", default="auto,0.25,0.5,1,never", help="when to freeze, in epochs")
-    parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--limit", type=int, default=None, help="use fewer examples")
-    arguments = parser.parse_args()
+    options = parser()
+    options.add_argument("--points", default="auto,0.25,0.5,1,never", help="when to freeze, in epochs")
+    arguments = options.parse_args()
     rule = _load_rule()
     for seed in map(int, arguments.seeds.split(",")):
         for point in arguments.points.split(","):
-            watched = Watched(Job(arguments, MODES[MODE], seed), point, rule)
-            row: dict[str, Any] = {"point": point, "seed": seed, "lr": arguments.lr, **watched.run()}
+            job = Job(arguments, MODES[MODE], seed)
+            watched = Watched(job, point, rule)
+            row: dict[str, Any] = {"point": point, "seed": seed, "lr": job.lr, **watched.run()}
             epochs = None if watched.frozen_at is None else watched.frozen_at / watched.per_epoch
             row["frozen_after_epochs"] = epochs
-            crossed = replace(MODES[MODE], freeze_after=epochs).bytes_per_token(EPOCHS, BYTES)
+            crossed = replace(MODES[MODE], freeze_after=epochs).bytes_per_token(
+                job.epochs, job.model.config.hidden_size
+            )
             print(json.dumps(row | {"bytes_per_token": round(crossed, 1)}), flush=True)
 
 

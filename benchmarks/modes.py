@@ -1,16 +1,18 @@
 """Quality of the modes on a real task: how much of full LoRA's gain each keeps, and what it moves.
 
-SmolLM2-135M on the Jargon File (`jargon.py`): 2,010 training and 256 evaluation entries cut to 128 tokens,
-three epochs, batches of 16, LoRA r=16 on all linears of the blocks that stay at the edge, AdamW, cosine
-schedule with 30 warm-up steps, loss on the definition only. Everything runs in one process: the whole model
-with the real codecs at both cuts, forward and backward, which is what the split model computes
-(tests/exactness). bf16 autocast.
+SmolLM2-135M-Instruct on a dictionary (`jargon.py ... chat`): conversations in the tokenizer's own chat
+template cut to 128 tokens, three epochs, batches of 16, LoRA on all linears of the blocks that stay at the
+edge, AdamW, cosine schedule with 30 warm-up steps, loss on the answer only. Everything runs in one process:
+the whole model with the real codecs at both cuts, forward and backward, which is what the split model
+computes (tests/exactness). `side` takes the edge's own ladder and a projection that `tightbeam serve` fitted.
+bf16 autocast.
 
-    python benchmarks/modes.py --model FOLDER --data FOLDER --modes full,ushape-4:4 --seeds 0,1,2 --lr 1e-3
+    PYTHONPATH=. python benchmarks/modes.py --model FOLDER --data FOLDER --modes full,ushape-4:4 --seeds 0,1,2
 
-Prints one JSON line per mode and seed: loss in nats per learned token before and after, and the bytes that
-cross over the whole run per token of the data set. `--summary FILES` joins such lines into the table of
-docs/modes.md, each mode at its better learning rate, with `share_of_full_lora_gain`.
+Ranks and learning rates belong to a mode. They were chosen among several with seed 0 and `--validate`, which
+keeps the last 200 training texts apart and judges by those. Prints one JSON line per mode and seed: loss in
+nats per learned token before and after, and the bytes that cross over the whole run per token of the data
+set. `--summary FILES` joins such lines into the tables of docs/modes.md.
 """
 
 import argparse
@@ -32,47 +34,66 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tightbeam.common.wire.codecs import codec
+from tightbeam.common.wire.delta import KEY_BYTES, BaseStore, Samples, encode_delta
 
-MAX_TOKENS, BATCH, EPOCHS, RANK, WARMUP = 128, 16, 3, 16, 30
+MAX_TOKENS, BATCH, EPOCHS, WARMUP, NUM_VALIDATION = 128, 16, 3, 30, 200
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IGNORED = -100
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Mode:
     """Where adapters sit, what crosses the cuts, and from which epoch on the bottom is frozen."""
 
-    bottom: int
-    top: int
+    bottom: int = 4
+    top: int = 0
     activations: str = "fp32"
     gradients: str = "fp32"
     freeze_after: float | None = None  # epochs; 0 is mode `top`
     whole: bool = False  # adapters everywhere and nothing crosses: the baseline
+    taps: int | None = None  # of mode `side`; 0: no ladder
+    rank: int = 16
+    lr: float = 2e-3
 
-    def bytes_per_token(self, epochs: int, codec_bytes: dict[str, float]) -> float:
-        """Bytes that cross over the whole run per token of the data set, given those of each codec."""
+    def bytes_per_token(self, epochs: int, width: int, tap_size: int = 0) -> float:
+        """Bytes that cross over the whole run per token of the data set."""
         if self.whole:
             return 0.0
+        activations, gradients = (_row_bytes(name, width) for name in (self.activations, self.gradients))
+        if self.taps is not None:
+            return 2 * activations + self.taps * _row_bytes(self.activations, tap_size)
         trained = float(epochs) if self.freeze_after is None else self.freeze_after
         once = 0.0 if self.freeze_after is None else 1.0
-        activations, gradients = codec_bytes[self.activations], codec_bytes[self.gradients]
         return trained * 2 * (activations + gradients) + once * 2 * activations
 
 
+# "wide": eight or twelve blocks at rank 64 have about as many parameters as thirty at rank 16
 MODES = {
-    "full": Mode(0, 0, whole=True),
-    "ushape-4:4": Mode(4, 4),
-    "ushape-4:4-int8": Mode(4, 4, "int8", "int8"),
-    "ushape-4:4-int4-int8": Mode(4, 4, "int4", "int8"),
-    "ushape-2:2": Mode(2, 2),
-    "ushape-4:8": Mode(4, 8),
-    "freeze-4:8-half": Mode(4, 8, freeze_after=0.5),
-    "freeze-4:8-half-int4-int8": Mode(4, 8, "int4", "int8", freeze_after=0.5),
-    "freeze-4:8-one": Mode(4, 8, freeze_after=1.0),
-    "top-4": Mode(4, 4, freeze_after=0.0),
-    "top-8": Mode(4, 8, freeze_after=0.0),
-    "top-8-int4": Mode(4, 8, "int4", "int4", freeze_after=0.0),
-    "top-12": Mode(4, 12, freeze_after=0.0),
+    "full": Mode(whole=True, lr=7e-4),
+    "ushape-2:2": Mode(bottom=2, top=2),
+    "ushape-4:4": Mode(top=4),
+    "ushape-4:4-wide": Mode(top=4, rank=64, lr=1e-3),
+    "ushape-4:4-wide-int8": Mode(top=4, activations="int8", gradients="int8", rank=64, lr=1e-3),
+    "ushape-4:4-wide-int4-int8": Mode(top=4, activations="int4", gradients="int8", rank=64, lr=1e-3),
+    "ushape-4:4-wide-delta-int4-int8": Mode(
+        top=4, activations="delta-int4", gradients="int8", rank=64, lr=1e-3
+    ),
+    "ushape-4:8": Mode(top=8),
+    "freeze-4:8-half": Mode(top=8, freeze_after=0.5),
+    "freeze-4:8-half-wide": Mode(top=8, freeze_after=0.5, rank=64, lr=1e-3),
+    "freeze-4:8-half-wide-int4-int8": Mode(
+        top=8, activations="int4", gradients="int8", freeze_after=0.5, rank=64, lr=1e-3
+    ),
+    "freeze-4:8-one": Mode(top=8, freeze_after=1.0),
+    "freeze-4:8-one-wide": Mode(top=8, freeze_after=1.0, rank=64, lr=1e-3),
+    "top-8": Mode(top=8, freeze_after=0.0),
+    "top-8-wide": Mode(top=8, freeze_after=0.0, rank=64, lr=1e-3),
+    "top-8-wide-int4": Mode(top=8, activations="int4", freeze_after=0.0, rank=64, lr=1e-3),
+    "top-12": Mode(top=12, freeze_after=0.0),
+    "side-8": Mode(top=8, taps=8),
+    "side-12": Mode(top=12, taps=8, lr=1e-3),
+    "side-12-bypass": Mode(top=12, taps=0, lr=1e-3),
+    "side-12-int4": Mode(top=12, activations="int4", taps=8, lr=1e-3),
 }
 
 
@@ -83,50 +104,80 @@ class Crossing(nn.Module):
         super().__init__()
         self.forward_codec, self.backward_codec = forward_codec, backward_codec
         self.keep_BT: Tensor | None = None
+        self.rows: list[int] | None = None  # which samples, for deltas; None: not to be remembered
         self.detach = False
+        self.store = BaseStore()
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states as the other side gets them."""
         assert self.keep_BT is not None
         if self.detach:
             hidden_BTD = hidden_BTD.detach()
-        out_BTD: Tensor = _Cross.apply(hidden_BTD, self.keep_BT, self.forward_codec, self.backward_codec)  # type: ignore[no-untyped-call]
+        decoded_BTD = torch.zeros_like(hidden_BTD)
+        decoded_BTD[self.keep_BT] = self._recode(hidden_BTD.detach()[self.keep_BT]).to(decoded_BTD.dtype)
+        out_BTD: Tensor = _Cross.apply(hidden_BTD, decoded_BTD, self.keep_BT, self.backward_codec)  # type: ignore[no-untyped-call]
         return out_BTD
+
+    def _recode(self, rows_ND: Tensor) -> Tensor:
+        name, delta, inner = self.forward_codec.partition("delta-")
+        if not delta:
+            return recode_rows(rows_ND, name)
+        assert self.keep_BT is not None
+        lengths = self.keep_BT.sum(1).tolist()
+        keys = [b"" if self.rows is None else self.rows[i].to_bytes(KEY_BYTES) for i in range(len(lengths))]
+        samples = Samples.of(keys, lengths, rows_ND.shape[1])
+        _, decoded_ND = encode_delta(inner, rows_ND, self.store.latest(samples), samples.lengths)
+        self.store.remember(samples, decoded_ND)
+        return decoded_ND.to(rows_ND.device)
 
 
 class _Cross(torch.autograd.Function):
+    """The decoded values forward, the decoded gradient backward."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden_BTD: Tensor, keep_BT: Tensor, forward_codec: str, backward_codec: str
+        ctx: Any, hidden_BTD: Tensor, decoded_BTD: Tensor, keep_BT: Tensor, backward_codec: str
     ) -> Tensor:
         ctx.keep_BT, ctx.backward_codec = keep_BT, backward_codec
-        return _recode(hidden_BTD, keep_BT, forward_codec)
+        return decoded_BTD
 
     @staticmethod
     def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _recode(grad_BTD, ctx.keep_BT, ctx.backward_codec), None, None, None
+        if ctx.backward_codec == "fp32":
+            return grad_BTD, None, None, None
+        out_BTD = torch.zeros_like(grad_BTD)
+        out_BTD[ctx.keep_BT] = recode_rows(grad_BTD[ctx.keep_BT], ctx.backward_codec)
+        return out_BTD, None, None, None
 
 
-def _recode(tensor_BTD: Tensor, keep_BT: Tensor, name: str) -> Tensor:
+def recode_rows(rows_ND: Tensor, name: str) -> Tensor:
+    """Rows as the other side gets them."""
     if name == "fp32":
-        return tensor_BTD
-    rows_ND = tensor_BTD[keep_BT]
+        return rows_ND
     coder = codec(name)
     decoded_ND = coder.decode(coder.encode(rows_ND.float()), tuple(rows_ND.shape), torch.float32)
-    out_BTD = torch.zeros_like(tensor_BTD)
-    out_BTD[keep_BT] = decoded_ND.to(tensor_BTD.device, tensor_BTD.dtype)
-    return out_BTD
+    return decoded_ND.to(rows_ND.device, rows_ND.dtype)
+
+
+def _row_bytes(name: str, width: int) -> float:
+    return codec(name.removeprefix("delta-")).num_bytes((1024, width)) / 1024
 
 
 class Job:
     """One mode trained with one seed."""
 
     def __init__(self, arguments: argparse.Namespace, mode: Mode, seed: int) -> None:
-        self.mode, self.seed, self.lr = mode, seed, arguments.lr
+        self.mode, self.seed, self.lr = mode, seed, arguments.lr or mode.lr
+        self.epochs: int = arguments.epochs
         self.device = torch.device(arguments.device)
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        self.train = _examples(arguments.data / "train.jsonl", tokenizer)[: arguments.limit]
-        self.eval = _examples(arguments.data / "eval.jsonl", tokenizer)[: arguments.limit]
+        train, judged = (
+            _examples(arguments.data / f"{name}.jsonl", tokenizer, arguments.max_tokens)
+            for name in ("train", "eval")
+        )
+        if arguments.validate:
+            train, judged = train[:-NUM_VALIDATION], train[-NUM_VALIDATION:]
+        self.train, self.eval = train[: arguments.limit], judged[: arguments.limit]
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         model.to(self.device)
         blocks = model.model.layers
@@ -135,12 +186,14 @@ class Job:
         self.up = Crossing(mode.activations, mode.gradients)
         self.down = Crossing(mode.activations, mode.gradients)
         if not mode.whole:
-            blocks[mode.bottom].register_forward_pre_hook(lambda _, args: (self.up(args[0]), *args[1:]))
-            blocks[self.top[0]].register_forward_pre_hook(lambda _, args: (self.down(args[0]), *args[1:]))
+            self._cross(blocks)
         adapted = range(num_blocks) if mode.whole else [*self.bottom, *self.top]
         torch.manual_seed(seed)
         config = LoraConfig(
-            r=RANK, lora_alpha=2 * RANK, target_modules=PROJECTIONS, layers_to_transform=list(adapted)
+            r=mode.rank,
+            lora_alpha=2 * mode.rank,
+            target_modules=PROJECTIONS,
+            layers_to_transform=list(adapted),
         )
         self.model: Any = get_peft_model(model.eval(), config)
         if mode.freeze_after == 0:
@@ -149,11 +202,13 @@ class Job:
     def run(self) -> dict[str, Any]:
         """Train; give the losses."""
         before, began_s = self.evaluate(), time.perf_counter()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = self.parameters()
         optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
         batches = list(self._batches())
         freeze_at = (
-            None if self.mode.freeze_after is None else int(self.mode.freeze_after * len(batches) / EPOCHS)
+            None
+            if self.mode.freeze_after is None
+            else int(self.mode.freeze_after * len(batches) / self.epochs)
         )
         for step, rows in enumerate(batches):
             if freeze_at and step == freeze_at:
@@ -161,6 +216,7 @@ class Job:
             rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
             for group in optimizer.param_groups:
                 group["lr"] = self.lr * rate
+            self.up.rows = self.down.rows = rows
             total, learned = self._loss([self.train[row] for row in rows])
             optimizer.zero_grad(set_to_none=True)
             (total / learned).backward()
@@ -171,8 +227,23 @@ class Job:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over the learned tokens of the evaluation data."""
+        self.up.rows = self.down.rows = None
         totals = [self._loss(self.eval[i : i + 32]) for i in range(0, len(self.eval), 32)]
         return sum(float(total) for total, _ in totals) / sum(learned for _, learned in totals)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def logits(self, input_ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
+        """The forward pass; `keep_BT` tells tokens from padding."""
+        self.up.keep_BT = self.down.keep_BT = keep_BT
+        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False).logits
+        return logits_BTV
+
+    def _cross(self, blocks: nn.ModuleList) -> None:
+        blocks[self.bottom.stop].register_forward_pre_hook(lambda _, args: (self.up(args[0]), *args[1:]))
+        blocks[self.top.start].register_forward_pre_hook(lambda _, args: (self.down(args[0]), *args[1:]))
 
     def _loss(self, examples: list[tuple[list[int], int]]) -> tuple[Tensor, int]:
         length = max(len(ids) for ids, _ in examples)
@@ -183,9 +254,8 @@ class Job:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             labels[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
             keep[row, : len(ids)] = True
-        self.up.keep_BT = self.down.keep_BT = keep.to(self.device)
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.model(input_ids=input_ids.to(self.device), use_cache=False).logits
+            logits = self.logits(input_ids.to(self.device), keep.to(self.device))
         targets = labels[:, 1:].to(self.device)
         total = cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -193,7 +263,7 @@ class Job:
         return total, int((labels[:, 1:] != IGNORED).sum())
 
     def _batches(self) -> Iterator[list[int]]:
-        for epoch in range(EPOCHS):
+        for epoch in range(self.epochs):
             order = list(range(len(self.train)))
             random.Random(1000 * self.seed + epoch).shuffle(order)
             yield from (order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH))
@@ -207,74 +277,88 @@ class Job:
                 parameter.grad = None
 
 
-def _examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], int]]:
+def _examples(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[tuple[list[int], int]]:
     """Token ids and the length of the prompt; entries without an answer within the limit are left out."""
     out = []
     for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        prompt = len(tokenizer(record["prompt"])["input_ids"])
-        ids = tokenizer(record["prompt"] + record["completion"])["input_ids"][:MAX_TOKENS]
-        if len(ids) > prompt:
-            out.append((ids, prompt))
+        messages = json.loads(line)["messages"]
+        asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+        prompt, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, whole))
+        if min(len(ids), max_tokens) > len(prompt):
+            out.append((ids[:max_tokens], len(prompt)))
     return out
 
 
 def summarise(files: list[Path]) -> None:
-    """Print one JSON line per mode: mean and spread over seeds, at each mode's better learning rate."""
-    rows = [
-        json.loads(line) for file in files for line in file.read_text().splitlines() if line.startswith("{")
-    ]
-    losses: dict[tuple[str, float], list[float]] = defaultdict(list)
-    for row in rows:
-        losses[row["mode"], row["lr"]].append(row["loss"])
-    best = {
-        mode: min((statistics.mean(v), lr) for (name, lr), v in losses.items() if name == mode)[1]
-        for mode in {row["mode"] for row in rows}
-    }
-    before = rows[0]["before"]
-    gain = before - statistics.mean(losses["full", best["full"]])
-    for mode in sorted(best, key=lambda name: statistics.mean(losses[name, best[name]])):
-        values = losses[mode, best[mode]]
-        row = next(r for r in rows if r["mode"] == mode)
-        shares = [(before - loss) / gain for loss in values]
-        line = {
-            "mode": mode,
-            "eval_loss": round(statistics.mean(values), 4),
-            "share_of_full_lora_gain": round(statistics.mean(shares), 4),
-            "spread": round(max(shares) - min(shares), 4),
-            "seeds": len(values),
-            "lr": best[mode],
-            "bytes_per_token": row["bytes_per_token"],
-        }
-        print(json.dumps(line))
+    """Print one JSON line per task and mode: mean and spread over seeds."""
+    tasks: dict[tuple[Any, ...], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        for line in file.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            tasks[row["data"], row["max_tokens"], row["epochs"]][row["mode"]].append(row)
+    for (data, max_tokens, epochs), modes in tasks.items():
+        full, before = (statistics.mean(row[which] for row in modes["full"]) for which in ("loss", "before"))
+        for mode, rows in sorted(modes.items(), key=lambda item: statistics.mean(r["loss"] for r in item[1])):
+            shares = [(before - row["loss"]) / (before - full) for row in rows]
+            found = {
+                "data": data,
+                "max_tokens": max_tokens,
+                "epochs": epochs,
+                "mode": mode,
+                "eval_loss": round(statistics.mean(row["loss"] for row in rows), 4),
+                "share_of_full_lora_gain": round(statistics.mean(shares), 4),
+                "spread": round(max(shares) - min(shares), 4),
+                "seeds": len(rows),
+                "rank": rows[0]["rank"],
+                "lr": rows[0]["lr"],
+                "bytes_per_token": rows[0]["bytes_per_token"],
+            }
+            print(json.dumps(found))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the options that every job needs."""
+    options = argparse.ArgumentParser(description="Quality of the modes on a dictionary.")
+    options.add_argument("--model", type=Path)
+    options.add_argument("--data", type=Path, help="folder written by jargon.py")
+    options.add_argument("--seeds", default="0")
+    options.add_argument("--lr", type=float, default=None, help="instead of the mode's own")
+    options.add_argument("--epochs", type=int, default=EPOCHS)
+    options.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
+    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    options.add_argument("--limit", type=int, default=None, help="use fewer examples")
+    options.add_argument(
+        "--validate", action="store_true", help="judge by training texts that are kept apart"
+    )
+    return options
 
 
 def main() -> None:
     """Train what was asked, or summarise."""
-    parser = argparse.ArgumentParser(description="Quality of the modes on the Jargon File.")
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--data", type=Path, help="folder written by jargon.py")
-    parser.add_argument("--modes", default=",".join(MODES))
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--limit", type=int, default=None, help="use fewer examples")
-    parser.add_argument("--summary", type=Path, nargs="+")
-    arguments = parser.parse_args()
+    options = parser()
+    options.add_argument("--modes", default=",".join(MODES))
+    options.add_argument("--projection", type=Path, help="fitted by tightbeam serve, for side")
+    options.add_argument("--summary", type=Path, nargs="+")
+    arguments = options.parse_args()
     if arguments.summary:
         summarise(arguments.summary)
         return
     for name in arguments.modes.split(","):
         for seed in map(int, arguments.seeds.split(",")):
             mode = MODES[name]
-            job = Job(arguments, mode, seed)
-            width = job.model.config.hidden_size
-            sizes = {c: codec(c).num_bytes((1024, width)) / 1024 for c in (mode.activations, mode.gradients)}
-            row = {"mode": name, "seed": seed, "lr": arguments.lr, **job.run()}
-            print(
-                json.dumps(row | {"bytes_per_token": round(mode.bytes_per_token(EPOCHS, sizes), 1)}),
-                flush=True,
-            )
+            if mode.taps is None:
+                job = Job(arguments, mode, seed)
+            else:  # needs the edge's packages
+                from benchmarks.modes_side import SideJob
+
+                job = SideJob(arguments, mode, seed)
+            row: dict[str, Any] = {"mode": name, "seed": seed, "rank": mode.rank, "lr": job.lr}
+            row["data"] = arguments.data.name
+            row |= {"max_tokens": arguments.max_tokens, "epochs": job.epochs, "validate": arguments.validate}
+            width, tap_size = job.model.config.hidden_size, getattr(job, "tap_size", 0)
+            crossed = mode.bytes_per_token(job.epochs, width, tap_size)
+            print(json.dumps(row | job.run() | {"bytes_per_token": round(crossed, 1)}), flush=True)
 
 
 if __name__ == "__main__":
