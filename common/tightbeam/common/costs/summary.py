@@ -197,7 +197,7 @@ def _prediction(record: RunRecords, by_kind: dict[str, list[StepRow]]) -> Predic
         training_tokens=tokens["backward"],
         evaluation_tokens=tokens["evaluation"] + tokens["forward"] - tokens["backward"],
         fill_tokens=tokens.get("fill", 0),
-        training_sequences=sum(row.segments for row in by_kind["forward"]),
+        training_sequences=sum(row.segments for row in by_kind["backward"]),
         measured_payload_bytes=sum(part.payload_up_bytes + part.payload_down_bytes for part in moved),
     )
 
