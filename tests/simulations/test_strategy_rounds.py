@@ -8,7 +8,8 @@ import pytest
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 
 from tightbeam.common.errors import CohortError, DataError
-from tightbeam.simulations.apps.strategy import FederatedLora, Node, failure_of
+from tightbeam.simulations.apps.replies import Node, failure_of
+from tightbeam.simulations.apps.strategy import FederatedLora
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, layers_of, to_record
 from tightbeam.simulations.grid import InProcessGrid
 from tightbeam.simulations.journal import Journal

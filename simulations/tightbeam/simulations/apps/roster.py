@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from tightbeam.common.errors import FederationError, TightbeamError
 from tightbeam.common.federation import LoraAdapter
-from tightbeam.simulations.apps.strategy import Node, failure_of
+from tightbeam.simulations.apps.replies import Node, failure_of
 from tightbeam.simulations.global_adapter import layers_of
 from tightbeam.simulations.scenario import ClientProfile, Scenario
 

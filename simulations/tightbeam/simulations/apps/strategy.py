@@ -6,49 +6,27 @@ What comes back is sorted into `ok`, `failed` (with the client's own words), `re
 
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from tightbeam.common.errors import CohortError, TightbeamError, UpdateRefusedError, error_from_code
-from tightbeam.common.federation import LoraAdapter, Update, check_update
+from tightbeam.common.errors import CohortError, UpdateRefusedError
+from tightbeam.common.federation import LoraAdapter, Update
 from tightbeam.simulations.apps.combining import Accepted, Combined, Memory, combiner_for, trained_part
 from tightbeam.simulations.apps.privacy import Accounting
+from tightbeam.simulations.apps.replies import Node, account_of, masked_of, spread, update_of
 from tightbeam.simulations.apps.secure import Purpose, SecureRounds, SecureSum
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, restricted, to_record
-from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Journal, Row
-from tightbeam.simulations.scenario import ClientProfile, Scenario
+from tightbeam.simulations.scenario import Scenario
 
-__all__ = ["FederatedLora", "Node", "failure_of"]
+__all__ = ["FederatedLora"]
 
 
 _ROWS: Mapping[Purpose, str] = {"train": "client_round", "evaluate": "client_eval"}
 _PRIVACY = "privacy/"
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Node:
-    """One client as the server knows it."""
-
-    node_id: int
-    profile: ClientProfile
-    certificate: bytes  # of its identity; empty when the federation is not secure
-    layers: LoraAdapter  # names and shapes of what it shares
-    below: frozenset[str]  # of them, the layers below its cut
-
-
-def failure_of(reply: Message) -> TightbeamError | None:
-    """What a reply complains about, with its own text; None when it is fine."""
-    if reply.has_error():
-        return TightbeamError(reply.error.reason or f"Flower's error {reply.error.code}.")
-    notes = reply.content.config_records["notes"]
-    if notes["status"] == "ok":
-        return None
-    return error_from_code(str(notes.get("code", "internal")), str(notes["reason"]), "")
 
 
 class FederatedLora(Strategy):
@@ -167,16 +145,16 @@ class FederatedLora(Strategy):
         virtual_s = 0.0
         for reply in sorted(replies, key=self._name_of):
             name = self._name_of(reply)
-            row = self._account(reply)
+            row = account_of(self._sent[reply.metadata.src_node_id], reply)
             row = self.journal.append(_ROWS["evaluate"], round=server_round, client=name, **row)
             if row["status"] == "ok":
                 virtual_s = max(virtual_s, row["virtual_s"])
                 if self._secure:
-                    masked[name] = _masked(reply)
+                    masked[name] = masked_of(reply)
                 else:
                     losses[name] = row["loss"], row["weight"]
         try:
-            figures = self._secure_evaluation(masked) if self._secure else _spread(losses)
+            figures = self._secure_evaluation(masked) if self._secure else spread(losses)
         except CohortError as too_few:
             self._no_evaluation(server_round, str(too_few))
             return None
@@ -244,29 +222,8 @@ class FederatedLora(Strategy):
     def _name_of(self, reply: Message) -> str:
         return self._by_id[reply.metadata.src_node_id].profile.name
 
-    def _account(self, reply: Message) -> Row:
-        """Status, bytes and figures of one exchange."""
-        sent, failure = self._sent[reply.metadata.src_node_id], failure_of(reply)
-        notes: Mapping[str, Any] = reply.content.config_records["notes"] if reply.has_content() else {}
-        row: Row = {
-            "status": str(notes.get("status", "failed")),
-            "reason": str(failure) if failure else "",
-            "run": str(notes.get("run", "")),
-            "codec": str(notes.get("codec", "")),
-            "adapter_down_bytes": sum(r.count_bytes() for r in sent.content.array_records.values()),
-            "message_down_bytes": message_bytes(sent),
-            "message_up_bytes": message_bytes(reply),
-            "adapter_up_bytes": 0,
-        }
-        if reply.has_content() and "metrics" in reply.content.metric_records:
-            metrics = reply.content.metric_records["metrics"]
-            row |= {name.replace("-", "_"): value for name, value in metrics.items()}
-            if arrays := reply.content.array_records:
-                row["adapter_up_bytes"] = sum(record.count_bytes() for record in arrays.values())
-        return row
-
     def _judge(self, node: Node, reply: Message) -> tuple[Row, Accepted | None]:
-        row = self._account(reply)
+        row = account_of(self._sent[reply.metadata.src_node_id], reply)
         if row["status"] != "ok":
             return row, None
         layers = frozenset(self._trained(node).shapes())
@@ -282,19 +239,7 @@ class FederatedLora(Strategy):
         return row, Accepted(update, layers, reply)
 
     def _update(self, node: Node, reply: Message, weight: float) -> Update:
-        name, given = node.profile.name, from_record(reply.content.array_records["arrays"])
-        if self.scenario.strategy.name == "ffa":  # A is frozen, so only B comes back
-            sent = from_record(self._sent[node.node_id].content.array_records["arrays"])
-            frozen = {m.names[0] for m in self._trained(node).modules.values()}
-            given = {tensor: array for tensor, array in sent.items() if tensor in frozen} | given
-        update = Update(name, weight, given, self.scenario.adapter.scale)
-        found = check_update(update, self._trained(node))
-        if found.modules and (rank := found.rank) != node.profile.options.r:
-            raise UpdateRefusedError(
-                f"The update of {name} is refused: it has rank {rank}, not {node.profile.options.r}.",
-                cure="The other clients' updates are not affected.",
-            )
-        return update
+        return update_of(self.scenario, node, self._trained(node), self._sent[node.node_id], reply, weight)
 
     def _combine(
         self, number: int, accepted: list[Accepted], rows: list[Row]
@@ -309,7 +254,7 @@ class FederatedLora(Strategy):
         try:
             if self._secure and accepted:
                 # By the node that Flower authenticated, not by what it calls itself.
-                masked = {self._name_of(one.reply): _masked(one.reply) for one in accepted}
+                masked = {self._name_of(one.reply): masked_of(one.reply) for one in accepted}
                 secure = self._secure.close(masked)
                 figures["updates"] = len(secure.survivors)
         except CohortError as too_few:  # a round has the right sum or none
@@ -364,19 +309,3 @@ class FederatedLora(Strategy):
         if self.accounting is not None:
             self.accounting.remember(own)
         self.combiner.remember({name: a for name, a in memory.items() if not name.startswith(_PRIVACY)})
-
-
-def _masked(reply: Message) -> bytes:
-    data = reply.content.config_records["notes"]["secure"]
-    assert isinstance(data, bytes)
-    return data
-
-
-def _spread(losses: Mapping[str, tuple[float, int]]) -> dict[str, float | None] | None:
-    """Mean by learned tokens, and how the clients differ; None when nobody evaluated."""
-    if not losses:
-        return None
-    mean = sum(loss * count for loss, count in losses.values()) / sum(n for _, n in losses.values())
-    by_loss = sorted(loss for loss, _ in losses.values())
-    middle = by_loss[len(by_loss) // 2]
-    return {"clients": len(losses), "loss": mean, "worst": by_loss[-1], "median": middle, "best": by_loss[0]}
