@@ -197,7 +197,7 @@ def test_a_lost_connection_in_mid_flight_is_made_good(cloud: InProcessCloud, tmp
     with packed_attention_in(edge.model.get_base_model()):
         filler = Filler(edge.shortcut, [[sample] for sample in samples], in_flight=3)
         filler.pump()
-        channel = edge.parts.trunk.stepper._channel
+        channel = edge.parts.trunk.stepper._carrier._channel
         assert channel is not None
         channel.close()
         filler.finish()

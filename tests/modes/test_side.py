@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from support.cached_runs import Crossing, cached_recipe, save_model, train_over
+from support.cached_runs import cached_recipe, save_model, train_over
 from support.comparing import targets
 from support.edge_runs import byte_tokenizer, tiny_llama
 from support.in_process import InProcessCloud
@@ -24,11 +24,10 @@ from tightbeam.common.backbone import Segments
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import BudgetError, CutError, FingerprintError, UsageError
 from tightbeam.common.runs import RunFolder
-from tightbeam.common.wire.messages import decode_tensor
+from tightbeam.edge.carrier import Flight
 from tightbeam.edge.data import collate, load_examples
 from tightbeam.edge.side import add_side, choose_taps, load_side, save_side, side_of, side_parameters
-from tightbeam.edge.stepper import Flight, Stepper
-from tightbeam.proto import backbone_pb2 as pb
+from tightbeam.edge.stepper import Stepper
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -176,45 +175,8 @@ def _usage(cloud: InProcessCloud) -> list[Any]:
     return cloud.ledger.usage("insecure/edge", None)
 
 
-def messages_of(result: Crossing) -> Iterator[tuple[pb.StepRequest, Tensor]]:
-    for header, (payload,) in result.messages:
-        (spec,) = header.tensors
-        yield header, decode_tensor(spec, payload)
-
-
 def losses(run: RunFolder) -> list[float]:
     return [row["loss"] for row in read_ledger(run.ledger) if row["row"] == "optimizer_step"]
-
-
-def test_only_frozen_cut_activations_cross_and_only_once(
-    cloud: InProcessCloud, folder: Path, tmp_path: Path
-) -> None:
-    recipe = cached_recipe(tmp_path, mode="side", side=SIDE, adapter={"r": 2, "alpha": 4, "dropout": 0.1})
-    result, crossing = train_over(cloud, recipe)
-    assert result.exit_code == 0
-    examples = load_examples(recipe.data.train, byte_tokenizer())
-    whole, seen = save_model(folder), 0
-    for header, hidden_ND in messages_of(crossing):
-        assert (header.kind, header.keep) == (pb.FORWARD, False)
-        assert {field.name for field, _ in header.ListFields()} <= {
-            "step", "kind", "tensors", "reply_codec", "lengths", "run_starts", "run_lengths", "taps",
-            "projection",
-        }  # fmt: skip
-        assert list(header.run_lengths) == list(header.lengths)
-        for rows_nD in hidden_ND.split(list(header.lengths)):
-            same = [e for e in examples if len(e.input_ids) == len(rows_nD)]
-            assert any(_is_frozen(whole, e.input_ids, rows_nD) for e in same)
-            seen += 1
-    assert seen == len(examples)
-    assert {row.kind for row in crossing.rows} == {"forward"}
-    rows = [row["row"] for row in read_ledger(result.folder.ledger)]
-    assert "step" not in rows[rows.index("optimizer_step") + 9 :]  # the first epoch has 8 steps
-
-
-def _is_frozen(model: PreTrainedModel, input_ids: tuple[int, ...], rows_nD: Tensor) -> bool:
-    with torch.no_grad():
-        states = model(torch.tensor([input_ids]), output_hidden_states=True).hidden_states
-    return bool(torch.allclose(states[2][0], rows_nD, atol=1e-5))
 
 
 def test_training_changes_no_bit_of_what_crosses(cloud: InProcessCloud) -> None:

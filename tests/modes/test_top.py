@@ -15,15 +15,13 @@ from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.meter import read_ledger
-from tightbeam.common.errors import BudgetError, IdentityError, RecipeError
+from tightbeam.common.errors import BudgetError, RecipeError
 from tightbeam.common.runs import RunFolder
-from tightbeam.common.wire.messages import decode_tensor
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.data import collate, load_examples, split_examples
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.training import INTERRUPTED
-from tightbeam.proto.backbone_pb2 import FORWARD
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -125,42 +123,6 @@ def test_a_coded_cache_holds_what_crossed(cloud: InProcessCloud, tmp_path: Path,
     assert entries < payload + 23 * (1 + 16 + 110) + 1500
 
 
-def test_only_cut_activations_and_positions_cross(
-    cloud: InProcessCloud, folder: Path, tmp_path: Path
-) -> None:
-    recipe = cached_recipe(tmp_path, data=EVAL)
-    result, crossing = train_over(cloud, recipe)
-    assert result.exit_code == 0
-    examples = load_examples(recipe.data.train, byte_tokenizer())
-    bottom = whole_model(folder)
-    seen: list[list[int]] = []
-    for header, payloads in crossing.messages:
-        assert header.kind == FORWARD
-        assert not header.keep  # nothing is held for a backward
-        assert {field.name for field, _ in header.ListFields()} <= {
-            "step", "kind", "tensors", "reply_codec", "lengths", "run_starts", "run_lengths",
-        }  # fmt: skip
-        (spec,), (payload,) = header.tensors, payloads
-        assert list(header.run_starts) == [0] * len(header.lengths)
-        assert list(header.run_lengths) == list(header.lengths)
-        hidden_ND = decode_tensor(spec, payload)
-        assert hidden_ND.shape == (sum(header.lengths), 16)
-        for rows_nD in hidden_ND.split(list(header.lengths)):
-            match = [e for e in examples if is_cut_activation(bottom, e.input_ids, rows_nD)]
-            assert match
-            seen.append(list(match[0].input_ids))
-    assert sorted(seen) == sorted(list(e.input_ids) for e in examples)  # each once
-    assert {row.kind for row in crossing.rows} == {"forward"}
-
-
-def is_cut_activation(model: PreTrainedModel, input_ids: tuple[int, ...], rows_nD: torch.Tensor) -> bool:
-    if len(input_ids) != len(rows_nD):
-        return False
-    with torch.no_grad():
-        states = model(torch.tensor([input_ids]), output_hidden_states=True).hidden_states
-    return bool(torch.allclose(states[2][0], rows_nD, atol=1e-5))
-
-
 def test_labels_alone_change_nothing_that_crosses(cloud: InProcessCloud, tmp_path: Path) -> None:
     """The same texts with other tokens learned: other losses, the same bytes in the same order."""
 
@@ -241,44 +203,6 @@ def test_a_crash_while_filling_resumes_bit_for_bit(cloud: InProcessCloud, tmp_pa
     assert losses(result.folder) == losses(whole.folder)
     assert weights(result.folder) == weights(whole.folder)
     assert len(rest.rows) < len(crossing.rows)  # what was on disk did not cross again
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_damage_is_named_and_fetched_again(cloud: InProcessCloud, tmp_path: Path, damage: str) -> None:
-    recipe = cached_recipe(tmp_path / "a", cache={"dir": str(tmp_path / "shared")})
-    first, _ = train_over(cloud, recipe)
-    (shard,) = shard_paths(tmp_path / "shared")
-    raw = bytearray(shard.read_bytes())
-    raw[-10] ^= 1
-    shard.write_bytes(raw if damage == "flip" else raw[:-1])
-    second, crossing = train_over(
-        cloud, cached_recipe(tmp_path / "b", cache={"dir": str(tmp_path / "shared")})
-    )
-    assert losses(second.folder) == losses(first.folder)
-    assert shard.name in crossing.said
-    assert "fetched again" in crossing.said
-    assert (len(crossing.rows) == 1) == (damage == "flip")
-    third, nothing = train_over(cloud, cached_recipe(tmp_path / "c", cache={"dir": str(tmp_path / "shared")}))
-    assert losses(third.folder) == losses(first.folder)
-    assert nothing.rows == []  # a shared cache: another run on the same data asks for nothing
-
-
-def test_a_changed_sample_crosses_and_nothing_else(cloud: InProcessCloud, tmp_path: Path) -> None:
-    shared = {"cache": {"dir": str(tmp_path / "shared")}}
-    train_over(cloud, cached_recipe(tmp_path / "a", **shared))
-    recipe = cached_recipe(tmp_path / "b", **shared)
-    lines = recipe.data.train.read_text().splitlines()
-    lines[5] = lines[5].replace("5 + 1 =", "5 + one =")
-    recipe.data.train.write_text("\n".join(lines) + "\n")
-    _, crossing = train_over(cloud, recipe)
-    assert sum(row.segments for row in crossing.rows) in range(1, 4)  # its group of three at most
-
-
-def test_a_stranger_cannot_use_the_cache(cloud: InProcessCloud, tmp_path: Path) -> None:
-    shared = {"cache": {"dir": str(tmp_path / "shared")}}
-    train_over(cloud, cached_recipe(tmp_path / "a", **shared))
-    with pytest.raises(IdentityError, match="another identity"):
-        train_over(cloud, cached_recipe(tmp_path / "b", **shared), secret=b"t" * 32)
 
 
 def test_a_small_cache_trains_the_same_through_the_cloud(cloud: InProcessCloud, tmp_path: Path) -> None:

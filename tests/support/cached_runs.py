@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from support.edge_runs import byte_tokenizer, quiet, tiny_llama, tiny_recipe
 from support.in_process import InProcessCloud
@@ -78,6 +78,7 @@ def train_over(
     resume: bool = False,
     act: Callable[[int], None] = lambda rows: None,
     secret: bytes | None = b"s" * 32,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> tuple[TrainResult, Crossing]:
     """Train; `act` hears how many steps have crossed after each."""
     crossing = Crossing()
@@ -101,7 +102,7 @@ def train_over(
         model = cloud.load_model(stepper, recipe.cut)
         return LoadedModel(
             model=model,
-            tokenizer=byte_tokenizer(),
+            tokenizer=tokenizer or byte_tokenizer(),
             close=stepper.close,
             steps=crossing,
             fingerprint=cloud.backbone.fingerprint,
