@@ -1,22 +1,21 @@
-"""Tokens per second of cached epochs of mode `top` beside `ushape`: same machine, data, cut and batches.
+"""Tokens per second of cached epochs of `top` and `side` beside `ushape`: same machine, data and batches.
 
 A real cloud process serves SmolLM2-135M on loopback; edge and cloud have one torch thread each, float32,
-lossless codec. The data are the demo's chats, answers learned. Runs of `ushape` and `top` alternate, so a
-drifting machine moves both. A cached epoch is any after the first: its rows show that nothing crosses.
+lossless codec. The data are the demo's chats, answers learned. Runs of `ushape` and of the cached modes
+alternate at every cut, so a drifting machine moves all. A cached epoch is any after the first: its rows show
+that nothing crosses. Operations of edge and cloud stand beside the seconds: they do not depend on what else
+the machine does.
 
-    python benchmarks/cached_epochs.py             # fetches model and texts on first use, like the demo
+    python -m benchmarks.cached_epochs             # fetches model and texts on first use, like the demo
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +23,62 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 import torch
+from benchmarks.serving import chats, cloud_process, fitting, insecure_recipe
 from rich.console import Console
 
-from tightbeam.common.config import Recipe, recipe_from_mapping
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.edge.run import run_recipe
-from tightbeam.simulations.demo_inputs import cache_folder, prepare_model, prepare_texts
+from tightbeam.simulations.demo_inputs import cache_folder, prepare_model
+
+BATCH = 8
+MODES = ("ushape", "top", "side")
 
 
 def main() -> None:
-    """Print a line per run and the JSON summary last."""
+    """Print a line per run and a JSON summary per cut last."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", type=Path, help="folder of a checkpoint; SmolLM2 if left out")
-    parser.add_argument("--cut", default="4:4")
+    parser.add_argument("--cuts", default="4:8,4:4")
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
     model = arguments.model or prepare_model(cache_folder())
+    torch.set_num_threads(1)
 
-    speeds: dict[str, list[float]] = {"ushape": [], "top": []}
-    moved: dict[str, int] = {}
-    with tempfile.TemporaryDirectory() as name, _cloud(model, Path(name)) as address:
-        data = _chats(Path(name), arguments.examples)
-        for turn in range(arguments.rounds):
-            for mode, epochs in (("ushape", 1), ("top", 3)):
-                recipe = _recipe(model, address, arguments.cut, data, mode, epochs, f"{mode}-{turn}")
-                result = run_recipe(recipe, console=Console(file=(Path(name) / "log").open("a")))
-                rows = read_ledger(result.folder.ledger)
-                first = 0 if mode == "ushape" else -(-arguments.examples // 8)
-                speeds[mode] += _speeds(rows, first)
-                moved[mode] = _moved(rows, first)
-                print(
-                    f"{recipe.output.name}: {statistics.median(_speeds(rows, first)):.0f} tok/s", flush=True
-                )
-    ushape, top = (statistics.median(speeds[mode]) for mode in ("ushape", "top"))
-    print(f"{platform.machine()}, {psutil.cpu_count()} cores, torch {torch.__version__}, cut {arguments.cut}")
-    print(
-        json.dumps(
-            {
-                "ratio": round(top / ushape, 2),
-                "ushape_tokens_per_s": round(ushape, 1),
-                "cached_tokens_per_s": round(top, 1),
-                "ushape_wire_bytes_per_epoch": moved["ushape"],
-                "cached_wire_bytes_in_two_epochs": moved["top"],
-            }
-        )
-    )
+    speeds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    moved: dict[tuple[str, str], int] = {}
+    operations: dict[tuple[str, str], float] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = chats(folder, arguments.examples)
+        with cloud_process(model, folder, "--insecure", *fitting(folder)) as address:
+            for turn in range(arguments.rounds):
+                for cut in arguments.cuts.split(","):
+                    for mode in MODES:
+                        epochs = 1 if mode == "ushape" else 3
+                        recipe = insecure_recipe(
+                            model, address, data, f"{mode}-{cut.replace(':', '-')}-{turn}",
+                            cut=cut, mode=mode, train={"epochs": epochs},
+                        )  # fmt: skip
+                        result = run_recipe(recipe, console=Console(file=(folder / "log").open("a")))
+                        rows = read_ledger(result.folder.ledger)
+                        first = 0 if mode == "ushape" else -(-arguments.examples // BATCH)
+                        found = _speeds(rows, first)
+                        speeds[cut, mode] += found
+                        moved[cut, mode] = _moved(rows, first)
+                        operations[cut, mode] = _operations(rows, first)
+                        print(f"{recipe.output.name}: {statistics.median(found):.0f} tok/s", flush=True)
+    print(f"{platform.machine()}, {psutil.cpu_count()} cores, torch {torch.__version__}")
+    for cut in arguments.cuts.split(","):
+        medians = {mode: statistics.median(speeds[cut, mode]) for mode in MODES}
+        line: dict[str, Any] = {"cut": cut}
+        for mode in MODES[1:]:
+            line[f"ratio_{mode}"] = round(medians[mode] / medians["ushape"], 2)
+            fewer = operations[cut, "ushape"] / operations[cut, mode]
+            line[f"fewer_operations_{mode}"] = round(fewer, 2)
+        line |= {f"{mode}_tokens_per_s": round(value, 1) for mode, value in medians.items()}
+        line |= {f"{mode}_wire_bytes": moved[cut, mode] for mode in MODES}
+        print(json.dumps(line))
 
 
 def _speeds(rows: list[dict[str, Any]], first: int) -> list[float]:
@@ -78,49 +87,19 @@ def _speeds(rows: list[dict[str, Any]], first: int) -> list[float]:
     return [row["tokens"] / row["wall_s"] for row in steps]
 
 
+def _operations(rows: list[dict[str, Any]], first: int) -> float:
+    """Operations of edge and cloud per token from optimizer step `first` on."""
+    steps = [row for row in rows if row["row"] == "optimizer_step" and row["n"] > first]
+    cloud = 0 if first else sum(row["cloud_flops"] for row in rows if row["row"] == "step")
+    return (sum(row["edge_flops"] for row in steps) + cloud) / sum(row["tokens"] for row in steps)
+
+
 def _moved(rows: list[dict[str, Any]], first: int) -> int:
     """Wire bytes of the steps that crossed after optimizer step `first`."""
     kinds = [(row["row"], row.get("n")) for row in rows]
     start = kinds.index(("optimizer_step", first)) + 1 if first else 0
     crossed = [row for row in rows[start:] if row["row"] == "step"]
     return sum(row["wire_up_bytes"] + row["wire_down_bytes"] for row in crossed)
-
-
-def _recipe(model: Path, address: str, cut: str, data: Path, mode: str, epochs: int, name: str) -> Recipe:
-    return recipe_from_mapping(
-        {
-            "model": {"cloud": address, "insecure": True, "local_path": str(model)},
-            "cut": cut,
-            "mode": mode,
-            "adapter": {"r": 16, "alpha": 32},
-            "data": {"train": str(data)},
-            "train": {"epochs": epochs, "batch_size": 8, "checkpoint_every": 0, "threads": 1},
-            "output": {"dir": str(data.parent / "runs"), "name": name, "report": False},
-        }
-    )
-
-
-def _chats(folder: Path, count: int) -> Path:
-    lines: list[str] = []
-    for texts in prepare_texts(cache_folder(), folder):
-        lines += texts.train.read_text(encoding="utf-8").splitlines()
-    path = folder / "chats.jsonl"
-    path.write_text("\n".join(lines[:: max(len(lines) // count, 1)][:count]) + "\n", encoding="utf-8")
-    return path
-
-
-@contextlib.contextmanager
-def _cloud(model: Path, folder: Path) -> Iterator[str]:
-    command = [
-        sys.executable, "-m", "tightbeam.cli", "serve", "--model", str(model), "--listen", "127.0.0.1:0",
-        "--insecure", "--ledger", str(folder / "ledger.db"), "--dtype", "float32",
-    ]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.terminate()
 
 
 if __name__ == "__main__":

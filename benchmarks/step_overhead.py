@@ -5,20 +5,16 @@ thread, all in float32 with the lossless codec. Split and local steps alternate 
 machine moves both; the median ratio of neighbouring pairs is what counts. CPU seconds of both processes stand
 beside it: they tell the same on a machine that others use too.
 
-    python benchmarks/step_overhead.py --model FOLDER        # a converted SmolLM2, see `tightbeam demo`
+    python -m benchmarks.step_overhead --model FOLDER        # a converted SmolLM2, see `tightbeam demo`
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import psutil
 import torch
+from benchmarks.serving import cloud_process
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -46,9 +43,14 @@ def main() -> None:
     torch.set_num_threads(1)
 
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder, _cloud(arguments.model, Path(folder)) as address:
-        identity = Path(folder) / "certs" / "edge"
-        with connect(address, identity=identity, on_row=rows.append) as cloud:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        init_certificates(folder / "certs", clients=["edge"])
+        secured = ("--identity", str(folder / "certs" / "cloud"))
+        with (
+            cloud_process(arguments.model, folder, *secured) as address,
+            connect(address, identity=folder / "certs" / "edge", on_row=rows.append) as cloud,
+        ):
             split = _adapted(cloud.load_model(arguments.cut, local_path=arguments.model), arguments.cut)
             whole = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
             local = _adapted(whole, arguments.cut)
@@ -118,21 +120,6 @@ def _adapted(model: PreTrainedModel, cut: str) -> PeftModel:
     adapted = get_peft_model(model, LoraConfig(r=16, target_modules=PROJECTIONS, layers_to_transform=layers))
     assert isinstance(adapted, PeftModel)
     return adapted
-
-
-@contextlib.contextmanager
-def _cloud(model: Path, folder: Path) -> Iterator[str]:
-    init_certificates(folder / "certs", clients=["edge"])
-    files = {"--model": model, "--identity": folder / "certs" / "cloud", "--ledger": folder / "ledger.db"}
-    options = [part for name, path in files.items() for part in (name, str(path))]
-    command = [sys.executable, "-m", "tightbeam.cli", "serve", *options]
-    command += ["--listen", "127.0.0.1:0", "--dtype", "float32"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            yield process.stdout.readline().strip()
-        finally:
-            process.terminate()
 
 
 if __name__ == "__main__":
