@@ -119,6 +119,7 @@ def test_the_evaluated_model_is_the_saved_one(playground: Playground, backbone: 
     differing = {n.split(".layers.")[1].split(".")[0] for n in one if not np.array_equal(one[n], other[n])}
     assert differing == {"0"}
     assert (scenario.folder / "adapter" / "adapter_config.json").is_file(), "the shared top"
+    assert "1:1, 4; shares top" in (scenario.folder / "report.html").read_text(encoding="utf-8")
 
 
 def _adapters(scenario: Scenario) -> list[Path]:

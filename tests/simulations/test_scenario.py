@@ -101,3 +101,20 @@ def test_numbers_leave_out_what_does_not_change_the_adapter() -> None:
     moved = scenario_from_mapping(SMALL | {"cloud": {"address": "a:1"}, "output": {"name": "b"}})
     assert scenario.numbers() == moved.numbers()
     assert scenario.numbers() != scenario_from_mapping(SMALL | {"seed": 1}).numbers()
+
+
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [
+        ({}, 5),
+        ({"mode": "top"}, 3),
+        ({"mode": "side"}, 5),
+        ({"mode": "side", "side": {"adapt_bottom": False}}, 3),
+        ({"share": "top"}, 3),
+        ({"share": "none"}, 0),
+    ],
+    ids=str,
+)
+def test_blocks_whose_adapters_are_shared(options: dict[str, Any], blocks: int) -> None:
+    scenario = scenario_from_mapping(SMALL | {"client": {"cut": "2:3", **options}})
+    assert scenario.client.shared_blocks == blocks

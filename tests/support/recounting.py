@@ -175,7 +175,7 @@ class Recount:
         return {
             "name": name,
             "group": "",
-            **{key: options[key] for key in ("mode", "cut", "r")},
+            **{key: options[key] for key in ("mode", "share", "cut", "r")},
             "rounds": len([row for row in trained if row["status"] == "ok"]),
             "slow_rounds": sum(name in self._slow(row["round"])[1] for row in trained),
             "statuses": dict(Counter(row["status"] for row in trained)),

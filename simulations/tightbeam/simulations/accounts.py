@@ -146,6 +146,7 @@ class ClientAccount(_Model):
     name: str
     group: str
     mode: str
+    share: str
     cut: str
     r: int
     rounds: int  # in which its update counted
@@ -259,6 +260,7 @@ def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[Cl
                 name=profile.name,
                 group=profile.group,
                 mode=options.mode,
+                share=options.share,
                 cut=options.cut,
                 r=options.r,
                 rounds=sum(row["status"] == "ok" for row in trained),
@@ -352,15 +354,15 @@ def _job(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row], t
     evaluated = [row for row in work if row["row"] == "client_eval"]
     payload = sum(row.get("payload_up_bytes", 0) + row.get("payload_down_bytes", 0) for row in work)
     ranks = [profile.options.r for profile in scenario.profiles()]
-    edge_blocks = [sum(map(int, p.options.cut.split(":"))) for p in scenario.profiles()]
-    adapters = [row["adapter_down_bytes"] for row in trained] or [0]
+    shared_blocks = {profile.name: profile.options.shared_blocks for profile in scenario.profiles()}
+    blocks = sum(shared_blocks[row["client"]] for row in trained)
     return Job(
         training_tokens=sum(row.get("tokens", 0) for row in trained),
         evaluation_tokens=sum(row.get("tokens", 0) for row in evaluated),
         passes=_passes(scenario, trained),
         exchanges=len(trained) + len(evaluated),
         participants=len({row["client"] for row in work}),
-        adapter_bytes_per_block=sum(adapters) / len(adapters) / (sum(edge_blocks) / len(edge_blocks)),
+        adapter_bytes_per_block=sum(row["adapter_down_bytes"] for row in trained) / max(blocks, 1),
         mean_rank=sum(ranks) / len(ranks),
         wire_ratio=total.activation_bytes / payload if payload else 1.0,
         joules_per_flop=total.joules / total.edge_flops if total.edge_flops else 0.0,

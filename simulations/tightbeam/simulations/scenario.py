@@ -187,6 +187,15 @@ class ClientSection(Section):
         """What decides which parameters it shares, and their shapes up to the rank."""
         return self.cut, self.mode, self.share, self.side.model_dump_json() if self.mode == "side" else ""
 
+    @property
+    def shared_blocks(self) -> int:
+        """How many blocks have an adapter that it shares."""
+        bottom, top = map(int, self.cut.split(":"))
+        bare = self.mode == "top" or (self.mode == "side" and not self.side.adapt_bottom)
+        if self.share == "none":
+            return 0
+        return top if bare or self.share == "top" else bottom + top
+
 
 class GroupSection(Section):
     """So many clients that have something else than `client` says; groups take clients in order."""
