@@ -74,10 +74,10 @@ class Playground:
             base[name] = {**base[name], **value} if isinstance(base.get(name), dict) else value
         return scenario_from_mapping(base)
 
-    def run(self, scenario: Scenario, *, resume: bool = False) -> str:
+    def run(self, scenario: Scenario, *, resume: bool = False, shape: bool = False) -> str:
         """Run it, report included; gives what it printed."""
         text = io.StringIO()
-        run_scenario(scenario, resume=resume, console=Console(file=text, width=300))
+        run_scenario(scenario, resume=resume, shape=shape, console=Console(file=text, width=300))
         return text.getvalue()
 
     def run_with(self, scenario: Scenario, client: ClientCall) -> str:

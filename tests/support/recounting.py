@@ -149,6 +149,7 @@ class Recount:
             "rounds": [self._round(row) for row in self.rows if row["row"] == "round"],
             "evaluations": evaluations,
             "absences": self._absences(),
+            "lines": [],
             "total": self.costs(self.work),
             "virtual_s": sum(self._slowest(row) for row in ends),
             "target_loss": target,

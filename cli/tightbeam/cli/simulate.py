@@ -28,6 +28,9 @@ def simulate(
     runtime: Annotated[
         Runtime, typer.Option(help="What carries the messages: Flower in this process, on Ray, or deployed.")
     ] = Runtime.IN_PROCESS,
+    shape: Annotated[
+        bool, typer.Option("--shape", help="Make the clients' lines to the cloud as slow as they say.")
+    ] = False,
 ) -> None:
     """Run a federated experiment with simulated clients against one cloud."""
     from tightbeam.simulations.installed import require_flower, require_ray
@@ -39,4 +42,4 @@ def simulate(
         require_ray()
     from tightbeam.simulations.experiment import run_scenario
 
-    typer.echo(run_scenario(checked, resume=resume, runtime=runtime.value))
+    typer.echo(run_scenario(checked, resume=resume, runtime=runtime.value, shape=shape))

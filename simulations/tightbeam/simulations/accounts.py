@@ -25,6 +25,7 @@ __all__ = [
     "Costs",
     "Evaluation",
     "FederationAccount",
+    "LineAccount",
     "PrivacyAccount",
     "RoundAccount",
     "account",
@@ -171,6 +172,15 @@ class Absence(_Model):
     times: int
 
 
+class LineAccount(_Model):
+    """Steps over shaped lines, a group of clients together: what they took, and what the model says."""
+
+    group: str
+    clients: int
+    measured_s: float
+    virtual_s: float
+
+
 class FederationAccount(_Model):
     """The whole experiment."""
 
@@ -184,6 +194,7 @@ class FederationAccount(_Model):
     rounds: list[RoundAccount]
     evaluations: list[Evaluation]
     absences: list[Absence]
+    lines: list[LineAccount]  # empty unless the lines were shaped
     total: Costs
     virtual_s: float
     target_loss: float | None
@@ -223,6 +234,7 @@ def account(
         rounds=[_round(row, work, prices) for row in rows if row["row"] == "round"],
         evaluations=evaluations,
         absences=_absences(work),
+        lines=_lines(scenario, work) if first.get("shaped") else [],
         total=total,
         virtual_s=sum(row["virtual_s"] for row in rows if row["row"] in ("round", "evaluation")),
         target_loss=scenario.target_loss,
@@ -316,6 +328,21 @@ def _absences(work: Iterable[Row]) -> list[Absence]:
     return [
         Absence(status=status, reason=reason, clients=sorted(set(names)), times=len(names))
         for (status, reason), names in sorted(clients.items(), key=lambda one: (-len(one[1]), one[0]))
+    ]
+
+
+def _lines(scenario: Scenario, work: Sequence[Row]) -> list[LineAccount]:
+    groups: dict[str, set[str]] = {}
+    for profile in scenario.profiles():
+        groups.setdefault(profile.group, set()).add(profile.name)
+    return [
+        LineAccount(
+            group=group,
+            clients=len(names),
+            measured_s=sum(row.get("network_s", 0.0) for row in work if row["client"] in names),
+            virtual_s=sum(row.get("network_virtual_s", 0.0) for row in work if row["client"] in names),
+        )
+        for group, names in groups.items()
     ]
 
 

@@ -25,11 +25,13 @@ from tightbeam.simulations.installed import require_accountant, require_flower, 
 from tightbeam.simulations.processes import Children, signals_as_exit
 from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import Scenario
+from tightbeam.simulations.shaping import require_local
 from tightbeam.simulations.shards import client_files
 
 __all__ = ["Runtime", "require_flower", "run_apps", "run_scenario"]
 
 if TYPE_CHECKING:
+    from tightbeam.simulations.apps.settings import Settings
     from tightbeam.simulations.grid import ClientCall
 
 Runtime = Literal["in-process", "ray", "deployed"]
@@ -42,12 +44,14 @@ def run_scenario(
     *,
     resume: bool = False,
     runtime: Runtime = "in-process",
+    shape: bool = False,
     console: Console | None = None,
 ) -> Path:
     """Run an experiment and return the path of its report.
 
     `runtime` says what carries messages between server and clients: the grid in this process, Flower's
-    simulation engine on Ray, or a SuperLink and SuperNodes over TLS.
+    simulation engine on Ray, or a SuperLink and SuperNodes over TLS. With `shape` the clients' steps really
+    take the time that their networks' profiles say, so that both can be compared.
 
     Raises:
         TightbeamError: what the scenario, its data, the cloud or the clients cause; see each class.
@@ -64,12 +68,16 @@ def run_scenario(
         _refuse(folder)
     client_files(scenario, folder, scenario.profiles()[0].name)  # an impossible partition is told first
     with signals_as_exit(), _cloud(scenario, folder, console) as (address, identities):
+        if shape:
+            require_local(address)
         text = yaml.safe_dump(scenario.model_dump(mode="json"), sort_keys=False)  # groups have an order
         atomic_write(folder / "scenario.yaml", text)
         if runtime == "in-process":
-            run_apps(scenario, address, identities, console=console, resume=resume)
+            run_apps(scenario, address, identities, console=console, resume=resume, shape=shape)
         else:
-            _run_flower(runtime, scenario, address, identities, resume)
+            from tightbeam.simulations.apps.settings import Settings
+
+            _run_flower(runtime, Settings(scenario, address, identities, folder, resume, shape))
     from tightbeam.simulations.report import write_report
 
     return write_report(folder, scenario)
@@ -82,6 +90,7 @@ def run_apps(
     *,
     console: Console,
     resume: bool = False,
+    shape: bool = False,
     client_app: "ClientCall | None" = None,
 ) -> None:
     """Run both apps on the in-process grid against the cloud at `address`; insecure without identities.
@@ -97,7 +106,7 @@ def run_apps(
     from tightbeam.simulations.grid import Exchange, InProcessGrid, run_in_process
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    config = Settings(scenario, address, identities, scenario.folder, resume).run_config()
+    config = Settings(scenario, address, identities, scenario.folder, resume, shape).run_config()
     with FederationProgress(scenario, console) as progress:
 
         def on_exchange(exchange: Exchange, reply: Any) -> None:
@@ -109,13 +118,9 @@ def run_apps(
         run_in_process(grid, server_app, config)
 
 
-def _run_flower(
-    runtime: Runtime, scenario: Scenario, address: str, identities: Path | None, resume: bool
-) -> None:
-    from tightbeam.simulations.apps.settings import Settings
+def _run_flower(runtime: Runtime, settings: "Settings") -> None:
     from tightbeam.simulations.runtimes import run_deployed, run_on_ray
 
-    settings = Settings(scenario, address, identities, scenario.folder, resume)
     (run_on_ray if runtime == "ray" else run_deployed)(settings)
 
 

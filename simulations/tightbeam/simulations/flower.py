@@ -66,6 +66,7 @@ cloud = ""
 identities = ""
 folder = ""
 resume = false
+shape = false
 """
 _IMPORT = '''"""The {0}'s app."""
 

@@ -30,8 +30,18 @@ class NetworkProfile(Section):
 
     def seconds(self, *, up_bytes: int, down_bytes: int, round_trips: int) -> float:
         """Virtual seconds to move so many bytes in so many exchanges."""
-        up_s = up_bytes / self._bytes_per_s(self.up_mbps)
-        return round_trips * self.rtt_ms / 1e3 + up_s + down_bytes / self._bytes_per_s(self.down_mbps)
+        moving_s = up_bytes / self.up_bytes_per_s + down_bytes / self.down_bytes_per_s
+        return round_trips * self.rtt_ms / 1e3 + moving_s
+
+    @property
+    def up_bytes_per_s(self) -> float:
+        """Throughput from the client."""
+        return self._bytes_per_s(self.up_mbps)
+
+    @property
+    def down_bytes_per_s(self) -> float:
+        """Throughput to the client."""
+        return self._bytes_per_s(self.down_mbps)
 
     def _bytes_per_s(self, mbps: float) -> float:
         line = mbps * 1e6 / 8

@@ -1,5 +1,6 @@
 """What a client tells of its work beside the adapter: bytes, operations, and what profiles make of them."""
 
+import math
 from typing import Any
 
 from flwr.app import RecordDict
@@ -52,6 +53,7 @@ def figures_of(
     exchange_s = options.network.seconds(up_bytes=up_bytes, down_bytes=down_bytes, round_trips=1)
     weights_s = options.network.seconds(up_bytes=0, down_bytes=weight_bytes * first, round_trips=first)
     steps_s = steps_seconds(options.network, work.rows, client.scenario.cloud.gflops)
+    line_s = steps_seconds(options.network, work.rows, math.inf)  # of them, for the network
     return {
         "loss": work.loss,
         "steps": work.steps,
@@ -66,6 +68,8 @@ def figures_of(
         "cloud-flops": work.cloud_flops,
         "wall-s": work.wall_s,
         "edge-s": work.edge_s,
+        "network-s": sum(row.network_s for row in work.rows),
+        "network-virtual-s": line_s,
         "memory-bytes": work.memory_bytes,
         "virtual-s": slow * (compute_s + steps_s + exchange_s) + weights_s,
         "joules": compute_s * options.device.watts,

@@ -19,6 +19,7 @@ from tightbeam.simulations.apps.personal import PersonalPart
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.global_adapter import fresh, layers_of
 from tightbeam.simulations.scenario import ClientProfile, Scenario
+from tightbeam.simulations.shaping import ShapedLine, require_local
 from tightbeam.simulations.shards import client_files
 
 __all__ = ["Client", "Leaving"]
@@ -125,21 +126,35 @@ class Client:
 
         path = self.folder / "ledger.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
+        address = str(self.node_config.get("cloud", self.settings.address))
         try:
-            with connect(
-                str(self.node_config.get("cloud", self.settings.address)),
-                identity=identity,
-                insecure=identity is None,
-                name=self.profile.name,
-                run=run,
-                on_row=on_row,
-                on_retry=lambda line: None,
-            ) as cloud:
+            with (
+                self._line(address) as reached,
+                connect(
+                    reached,
+                    identity=identity,
+                    insecure=identity is None,
+                    name=self.profile.name,
+                    run=run,
+                    on_row=on_row,
+                    on_retry=lambda line: None,
+                ) as cloud,
+            ):
                 yield cloud
         finally:
             with JsonlLedger(path) as ledger:
                 for row in others:
                     ledger.append(row)
+
+    @contextmanager
+    def _line(self, address: str) -> Iterator[str]:
+        """Where to reach the cloud: at its address, or through a line as slow as the profile says."""
+        if self.settings.shape:
+            require_local(address)
+            with ShapedLine(address, self.profile.options.network) as line:
+                yield line.address
+        else:
+            yield address
 
     def examples(self, cloud: Cloud, lender: Lender) -> tuple[list[Example], list[Example]]:
         """Give what it learns from, and what is held out."""

@@ -39,7 +39,8 @@ def main(grid: Grid, context: Context) -> None:
     roster = Roster(grid, settings.scenario)
     nodes = roster.gather()
     if not any(row["row"] == "experiment" for row in journal.rows):
-        journal.append("experiment", scenario=settings.scenario.numbers(), backbone=roster.facts)
+        told = {"scenario": settings.scenario.numbers(), "backbone": roster.facts, "shaped": settings.shape}
+        journal.append("experiment", **told)
     strategy = FederatedLora(settings.scenario, nodes, journal)
     final = run_rounds(strategy, grid, state, roster)
     if final.learned.modules:

@@ -26,6 +26,7 @@ class Settings:
     identities: Path | None  # folder with one identity per client; None: insecure
     folder: Path
     resume: bool = False
+    shape: bool = False  # clients reach the cloud over lines as slow as their profiles
 
     @classmethod
     def of(cls, run_config: Mapping[str, Any]) -> Self:
@@ -49,6 +50,7 @@ class Settings:
             Path(identities) if identities else None,
             Path(str(run_config.get("folder") or scenario.folder)),
             bool(run_config.get("resume", False)),
+            bool(run_config.get("shape", False)),
         )
 
     def run_config(self) -> dict[str, str | bool]:
@@ -59,6 +61,7 @@ class Settings:
             "identities": "" if self.identities is None else str(self.identities),
             "folder": str(self.folder),
             "resume": self.resume,
+            "shape": self.shape,
         }
 
     def profile(self, node_config: Mapping[str, Any]) -> ClientProfile:
