@@ -7,8 +7,8 @@ tokens or so of the training data, float32.
     python -m benchmarks.freeze_rule --model FOLDER --data FOLDER --seeds 0,1,2 --lr 2e-3
 
 Prints a JSON line per look and one per run: after how many epochs the bottom was frozen, the loss in nats per
-learned token, and bytes per token of the data set. With `never` as a point the looks go on to the end of the
-run and say at each whether the rule would have frozen there.
+learned token, and bytes per token of the data set. `never` trains the bottom to the end; the looks of its
+first epoch say where the rule would have frozen.
 """
 
 import importlib.util
@@ -46,7 +46,6 @@ class Watched:
         self.job, self.point, self.rule = job, point, rule
         self.per_epoch = len(list(job._batches())) // job.epochs
         self.settling = rule.Settling(self.per_epoch)
-        self.looks: list[dict[str, Any]] = []
         self.frozen_at: int | None = None
         self.step = 0
 
@@ -68,26 +67,16 @@ class Watched:
     def _says_freeze(self) -> bool:
         if self.point not in ("auto", "never"):
             return self.step >= float(self.point) * self.per_epoch
-        before = self.settling.last
         would: bool = self.settling.says_freeze(self.step, self._distance)
         if self.settling.looks(self.step) and self.step < self.per_epoch:
-            self._note(before, self.settling.last, would)
-        elif self.settling.looks(self.step) and self.point == "never":
-            self.settling.last = self._distance()
-            self._note(before, self.settling.last, self.rule.settled(before, self.settling.last))
+            look = {
+                "point": self.point,
+                "seed": self.job.seed,
+                "epochs": round(self.step / self.per_epoch, 3),
+            }
+            look |= {"distance": round(self.settling.looked[-1], 5), "freezes": would}
+            print(json.dumps(look), flush=True)
         return would and self.point == "auto"
-
-    def _note(self, before: float | None, now: float, would: bool) -> None:
-        look = {
-            "point": self.point,
-            "seed": self.job.seed,
-            "epochs": round(self.step / self.per_epoch, 3),
-            "distance": round(now, 5),
-            "growth": None if before is None else round(now / before - 1, 4),
-            "freezes": would,
-        }
-        self.looks.append(look)
-        print(json.dumps(look), flush=True)
 
     @torch.no_grad()
     def _distance(self) -> float:

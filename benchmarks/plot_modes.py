@@ -18,23 +18,30 @@ __all__ = ["Point", "draw", "read"]
 DOCS = Path(__file__).parents[1] / "docs"
 _WIDTH, _HEIGHT = 860, 470  # pixels
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 836, 34, 412
-_LOW, _HIGH = 0.74, 1.01  # share
+_LOW, _HIGH = 0.79, 1.01  # share
 _FEWEST, _MOST = 400, 60_000  # bytes per token
-_FAMILIES = {"ushape": "every step", "freeze": "freezes on the way", "top": "once per sample"}
+_FAMILIES = {"ushape": "every step", "freeze": "freezes on the way", "top": "once", "side": "once, with taps"}
 _SIDES = {  # pixels from a point to its label; right of it unless said otherwise
-    "ushape-4:4": (10, -4),
-    "ushape-4:4-int8": (-8, -8),
-    "ushape-4:4-int4-int8": (-10, 5),
-    "freeze-4:8-one": (-10, -6),
+    "ushape-4:4-wide": (10, -4),
+    "ushape-4:4": (10, 12),
+    "ushape-4:4-wide-int8": (-2, -9),
+    "ushape-4:4-wide-int4-int8": (-10, -2),
+    "ushape-4:4-wide-delta-int4-int8": (-10, 9),
+    "freeze-4:8-one-wide": (-10, 12),
+    "side-12-bypass": (-10, 5),
+    "top-8-wide": (-10, 0),
+    "side-8": (10, 10),
 }
 _STYLE = """
 .paper{fill:#fff} .ink{fill:#1b1f24} .muted{fill:#59626e} .grid{stroke:#d9dde3} .base{stroke:#59626e}
 .ushape{fill:#2f6fb5;stroke:#2f6fb5} .freeze{fill:#a8501a;stroke:#a8501a} .top{fill:#12776a;stroke:#12776a}
+.side{fill:#7a4fb0;stroke:#7a4fb0}
 text{font:13px system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;stroke:none} .mid{text-anchor:middle}
 .end{text-anchor:end} .head{font-weight:600} .bar{stroke-width:1.5} .base{stroke-dasharray:5 4}
 @media (prefers-color-scheme:dark){
 .paper{fill:#14171b} .ink{fill:#e8eaed} .muted{fill:#a2abb6} .grid{stroke:#343a42} .base{stroke:#a2abb6}
-.ushape{fill:#6aa8ea;stroke:#6aa8ea} .freeze{fill:#eb9a55;stroke:#eb9a55} .top{fill:#4cc3b2;stroke:#4cc3b2}}
+.ushape{fill:#6aa8ea;stroke:#6aa8ea} .freeze{fill:#eb9a55;stroke:#eb9a55} .top{fill:#4cc3b2;stroke:#4cc3b2}
+.side{fill:#b794e6;stroke:#b794e6}}
 """
 
 
@@ -54,12 +61,12 @@ class Point:
 
 
 def read(path: Path) -> list[Point]:
-    """The modes of which something crosses."""
+    """The modes of which something crosses, on the Jargon File."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Point(row["mode"], row["bytes_per_token"], row["share_of_full_lora_gain"], row["spread"])
         for row in rows
-        if row["bytes_per_token"]
+        if row["bytes_per_token"] and row["data"] == "jargon"
     ]
 
 
@@ -89,7 +96,7 @@ def _y(share: float) -> float:
 
 def _axes() -> list[str]:
     parts = []
-    for percent in range(75, 101, 5):
+    for percent in range(80, 101, 5):
         y, style = _y(percent / 100), "base" if percent == 100 else "grid"
         parts.append(f'<line class="{style}" x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="muted end" x="{_LEFT - 8}" y="{y + 4:.1f}">{percent} %</text>')
@@ -125,7 +132,7 @@ def _mark(point: Point) -> str:
 
 
 def _legend() -> list[str]:
-    parts, x = [], _RIGHT - 395
+    parts, x = [], _RIGHT - 440
     for family, words in _FAMILIES.items():
         parts.append(f'<circle class="{family}" cx="{x}" cy="14" r="4.5"/>')
         parts.append(f'<text class="ink" x="{x + 10}" y="18">{words}</text>')

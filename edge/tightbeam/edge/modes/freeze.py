@@ -77,14 +77,14 @@ class Freeze(Mode):
     def state(self) -> dict[str, Any]:
         """The phase, since when, and what the bottom was then."""
         if self._phase is None:
-            return {"phase": "training", "distance": self._movement.rule.last}
+            return {"phase": "training", "distances": self._movement.rule.looked}
         phase = self._phase
         return {"phase": "frozen", "since_step": phase.start_step, "bottom_sha256": phase.bottom_sha256}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go back into the phase of a checkpoint; its bottom must be the one the cache was filled with."""
         if state.get("phase") != "frozen":
-            self._movement.rule.last = state.get("distance")
+            self._movement.rule.looked = list(state.get("distances", ()))
             return
         self._freeze(state["since_step"])
         assert self._phase is not None

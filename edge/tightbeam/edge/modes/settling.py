@@ -1,36 +1,31 @@
 """The rule of `train.freeze_bottom_after: auto`: when a distance that grows with training has settled.
 
 The distance is looked at every tenth of an epoch. The bottom is frozen when it has grown by no more than a
-tenth since the last look; not before a quarter of an epoch, at the latest after a whole one. A distance that
-grows with the number of steps runs into that bound; one that grows with its root (a random walk) ends after
-0.6 epochs.
+tenth over the last three looks; not before half an epoch, at the latest after a whole one. One look alone
+says little: on real texts the distance shrinks between two looks although it grows over five.
 
 Needs the standard library alone: `benchmarks/freeze_rule.py` runs this very file on machines that have
 nothing of the edge.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-__all__ = ["LOOKS_PER_EPOCH", "PROBE_TOKENS", "Settling", "settled"]
+__all__ = ["LOOKS_PER_EPOCH", "PROBE_TOKENS", "Settling"]
 
 LOOKS_PER_EPOCH = 10
 PROBE_TOKENS = 512  # on which the distance is taken
+_WINDOW_LOOKS = 3
 _GROWTH = 0.1
-_EARLIEST_EPOCHS = 0.25
-
-
-def settled(before: float, now: float) -> bool:
-    """Whether a distance has all but stopped growing between two looks."""
-    return now <= before * (1 + _GROWTH)
+_EARLIEST_EPOCHS = 0.5
 
 
 @dataclass(slots=True)
 class Settling:
-    """Decides for one run; `last` is the distance at the last look, which a checkpoint keeps."""
+    """Decides for one run; a checkpoint keeps the distances `looked` at."""
 
     steps_per_epoch: int
-    last: float | None = None
+    looked: list[float] = field(default_factory=list)
 
     def looks(self, step: int) -> bool:
         """Whether the distance is taken before optimizer step `step`, counted from 0."""
@@ -43,6 +38,12 @@ class Settling:
             return True
         if not self.looks(step):
             return False
-        now, before = distance(), self.last
-        self.last = now
-        return before is not None and step >= _EARLIEST_EPOCHS * self.steps_per_epoch and settled(before, now)
+        self.looked.append(distance())
+        return step >= _EARLIEST_EPOCHS * self.steps_per_epoch and self.settled
+
+    @property
+    def settled(self) -> bool:
+        """Whether the distance has all but stopped growing."""
+        if len(self.looked) <= _WINDOW_LOOKS:
+            return False
+        return self.looked[-1] <= self.looked[-1 - _WINDOW_LOOKS] * (1 + _GROWTH)
