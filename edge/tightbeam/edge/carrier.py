@@ -50,6 +50,7 @@ class Carrier:
     ) -> None:
         self._open_channel, self._policy, self._on_retry = open_channel, policy, on_retry
         self._channel: Channel | None = None
+        self.num_sessions = 0  # opened so far
 
     def start(self, job: Job) -> Flight:
         """Send a job and do not wait for its answer; what fails here is raised by `exchange`."""
@@ -57,6 +58,7 @@ class Carrier:
         try:
             if self._channel is None:
                 self._channel = self._open_channel()
+                self.num_sessions += 1
             return Flight(job, self._channel, self._channel.submit(job.header, job.payloads))
         except TightbeamError as error:
             failed: Future[Exchange] = Future()

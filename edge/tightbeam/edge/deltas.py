@@ -1,8 +1,9 @@
 """The edge's end of delta coding: the values that last crossed of each sample, both ways.
 
 The edge leads in both directions: it names the bases, and what it holds is what counts. A cloud that lacks
-one (restarted, or short of memory) gets the step once more with whole values, the very ones that the delta
-stands for, and its bases for the reply. So a loss costs bytes and changes no bit.
+one gets the step once more with whole values, the very ones that the delta stands for, and its bases for the
+reply. So a restart costs bytes and changes no bit. Where a cloud is short of memory, that would cost bytes in
+every epoch: then the edge forgets too, and starts anew with what was used longest ago.
 
 N = rows, D = hidden size.
 """
@@ -48,6 +49,7 @@ class EdgeDeltas:
         share = max_bytes / max(sum(uses), 1)
         self._up, self._down = (BaseStore(share) if used else None for used in uses)
         self._secret = secrets.token_bytes(32)
+        self._session, self._crossed = 0, set[bytes]()  # what crossed in the session that is open
 
     @property
     def num_bytes(self) -> int:
@@ -74,6 +76,21 @@ class EdgeDeltas:
             job.put(tensor_spec(HIDDEN, hidden_ND, codec), payload)
             self._up.remember(samples, decoded_ND)
         return DeltaStep(samples, decoded_ND, down, self._down)
+
+    def crossed(self, samples: Samples, session: int) -> None:
+        """These samples have reached the cloud in that session, counted by whoever opens them."""
+        if session != self._session:
+            self._session, self._crossed = session, set()
+        self._crossed.update(samples.keys)
+
+    def lost(self, samples: Samples, session: int) -> None:
+        """The cloud lacks these. If it had them in the same session, it is short of memory: forget half."""
+        if session != self._session or self._crossed.isdisjoint(filter(None, samples.keys)):
+            return
+        for store in (self._up, self._down):
+            keep_bytes = store.num_bytes / 2 if store is not None else 0
+            while store is not None and store.num_bytes > keep_bytes:
+                store.drop_oldest()
 
     def _samples(self, segments: Segments, input_ids_N: Tensor, size: int) -> Samples:
         ids = input_ids_N.tolist()

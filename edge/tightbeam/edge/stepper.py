@@ -82,10 +82,12 @@ class Stepper:
         try:
             exchange = self._carrier.exchange(job)
         except UnknownBaseError:
+            deltas.lost(delta.samples, self._carrier.num_sessions)
             delta.send_whole(job)
             exchange = self._carrier.exchange(job)
         with job.coding():
             out_ND = delta.result(exchange)
+        deltas.crossed(delta.samples, self._carrier.num_sessions)
         self._on_row(job.row(self.run, exchange))
         if delta.decoded_ND is None:
             return out_ND, Inputs(job.step, hidden_ND, job.segments, self.codecs.activations_up)
