@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -181,10 +181,11 @@ class Flower:
         lines = (f"{key} = {json.dumps(value)}" for key, value in settings.run_config().items())
         config = self.home / "experiment.toml"
         atomic_write(config, "\n".join(lines) + "\n")
-        told = self.ask("run", ".", self.connection, "--run-config", str(config), *options)
-        number = str(told["run-id"])
-        status = self._wait(number, watch)
-        log = self.call("log", number, self.connection, "--show")
+        with _watched(watch):
+            told = self.ask("run", ".", self.connection, "--run-config", str(config), *options)
+            number = str(told["run-id"])
+            status = self._wait(number, watch)
+            log = self.call("log", number, self.connection, "--show")
         atomic_write(self.home / "run.log", log)
         if status != "finished:completed":
             raise _death(status, log, self.home / "run.log")
@@ -192,11 +193,7 @@ class Flower:
     def _wait(self, number: str, watch: Callable[[], None]) -> str:
         deadline_s = time.monotonic() + _RUN_S
         while time.monotonic() < deadline_s:
-            try:
-                (run,) = self.ask("list", self.connection, "--run-id", number)["runs"]
-            except (CloudUnavailableError, FederationError):
-                watch()  # a SuperLink that has ended says more than `flwr` about one that does not answer
-                raise
+            (run,) = self.ask("list", self.connection, "--run-id", number)["runs"]
             status = str(run["status"])
             if status.startswith("finished"):
                 return status
@@ -205,6 +202,16 @@ class Flower:
                 watch()
                 time.sleep(_WATCH_S)
         raise FederationError(f"Flower's run {number} took longer than {_RUN_S:.0f} s.")
+
+
+@contextlib.contextmanager
+def _watched(watch: Callable[[], None]) -> Iterator[None]:
+    """A SuperLink that has ended says more than `flwr` about one that does not answer."""
+    try:
+        yield
+    except (CloudUnavailableError, FederationError):
+        watch()
+        raise
 
 
 def flower_home(folder: Path) -> Path:
