@@ -1,6 +1,5 @@
 """Mode `top`: each sample crosses once, only as a cut activation, and training is that of the whole model."""
 
-import csv
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,17 +9,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from support.cached_runs import Crossing, cached_recipe, save_model, train_over
+from support.cached_runs import CrashError, Crossing, cached_recipe, losses, save_model, train_over
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
-from tightbeam.common.config import Recipe
+from support.local_runs import local_losses
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import BudgetError, RecipeError
 from tightbeam.common.runs import RunFolder
-from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.data import collate, load_examples, split_examples
-from tightbeam.edge.plan import Plan
 from tightbeam.edge.training import INTERRUPTED
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
@@ -46,39 +43,12 @@ def whole_model(folder: Path) -> PreTrainedModel:
     return model
 
 
-def losses(run: RunFolder) -> list[str]:
-    with run.metrics.open(encoding="utf-8", newline="") as file:
-        return [row["loss"] for row in csv.DictReader(file)]
-
-
 def weights(run: RunFolder) -> bytes:
     return (run.adapter / "adapter_model.safetensors").read_bytes()
 
 
 def evals(run: RunFolder) -> list[float]:
     return [row["loss"] for row in read_ledger(run.ledger) if row["row"] == "eval"]
-
-
-def local_losses(recipe: Recipe, folder: Path, blocks: range) -> list[float]:
-    """The same training on the whole model with stock PEFT and the model's own loss."""
-    examples = load_examples(recipe.data.train, byte_tokenizer())
-    if recipe.data.eval_fraction:
-        examples = split_examples(examples, recipe.data.eval_fraction, recipe.data.shuffle_seed)[0]
-    plan = Plan(len(examples), recipe.train, recipe.data.shuffle_seed)
-    base = whole_model(folder)
-    torch.manual_seed(recipe.train.seed)
-    model = attach_adapter(base, recipe.adapter, blocks)
-    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=recipe.train.lr)
-    found = []
-    for step in range(plan.total_steps):
-        loss = torch.zeros(())
-        for rows in plan.micro_batches(step):
-            loss = model(**collate([examples[row] for row in rows], 0)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        found.append(loss.item())
-    return found
 
 
 PLAIN = {"adapter": {"r": 2, "alpha": 4, "dropout": 0.0}}
@@ -182,10 +152,6 @@ def test_a_checkpoint_waits_for_what_is_on_its_way(cloud: InProcessCloud, tmp_pa
     resumed, rest = train_over(cloud, recipe, resume=True)
     assert resumed.exit_code == 0
     assert len(written) + len(rest.rows) == 23  # nothing crossed twice
-
-
-class CrashError(Exception):
-    """What a test throws into a run in place of a power cut."""
 
 
 def test_a_crash_while_filling_resumes_bit_for_bit(cloud: InProcessCloud, tmp_path: Path) -> None:

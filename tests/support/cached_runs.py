@@ -1,5 +1,6 @@
 """Runs of the modes that cache, over a cloud in this process; everything that crosses is recorded."""
 
+import csv
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -14,12 +15,23 @@ from support.edge_runs import byte_tokenizer, quiet, tiny_llama, tiny_recipe
 from support.in_process import InProcessCloud
 from tightbeam.common.config import Codecs, Recipe
 from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.runs import RunFolder
 from tightbeam.edge.channel import Channel, Exchange
 from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
-__all__ = ["Crossing", "cached_recipe", "save_model", "train_over"]
+__all__ = ["CrashError", "Crossing", "cached_recipe", "losses", "save_model", "train_over"]
+
+
+class CrashError(Exception):
+    """What a test throws into a run in place of a power cut."""
+
+
+def losses(run: RunFolder) -> list[str]:
+    """Loss of every optimizer step, as it was written."""
+    with run.metrics.open(encoding="utf-8", newline="") as file:
+        return [row["loss"] for row in csv.DictReader(file)]
 
 
 def save_model(folder: Path) -> PreTrainedModel:
