@@ -5,6 +5,7 @@ import json
 import shutil
 import socket
 import ssl
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,10 @@ from tightbeam.simulations.compose import Composition
 from tightbeam.simulations.flower import Flower
 from tightbeam.simulations.scenario import load_scenario
 
-pytestmark = pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed")
+pytestmark = [
+    pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed"),
+    pytest.mark.skipif(sys.platform != "linux", reason="services have loopback addresses of their own"),
+]
 PROTOBUF = {"Content-Type": "application/protobuf", "Accept": "application/protobuf"}
 FLEET, SUPERLINK = ("fleet", 8443), ("superlink", 8000)
 
