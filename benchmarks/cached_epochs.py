@@ -90,8 +90,9 @@ def _speeds(rows: list[dict[str, Any]], first: int) -> list[float]:
 def _operations(rows: list[dict[str, Any]], first: int) -> float:
     """Operations of edge and cloud per token from optimizer step `first` on."""
     steps = [row for row in rows if row["row"] == "optimizer_step" and row["n"] > first]
-    cloud = 0 if first else sum(row["cloud_flops"] for row in rows if row["row"] == "step")
-    return (sum(row["edge_flops"] for row in steps) + cloud) / sum(row["tokens"] for row in steps)
+    cloud = 0 if first else sum(int(row["cloud_flops"]) for row in rows if row["row"] == "step")
+    edge, tokens = (sum(int(row[name]) for row in steps) for name in ("edge_flops", "tokens"))
+    return (edge + cloud) / tokens
 
 
 def _moved(rows: list[dict[str, Any]], first: int) -> int:
