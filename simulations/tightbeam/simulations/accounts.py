@@ -1,206 +1,33 @@
 """What a federated experiment cost, summed up from the server's ledger: per client, per round, in all.
 
-Activations are the wire bytes of steps with the cloud; adapters are the arrays in Flower's messages as Flower
-counts them; weights are what a client fetches once. Money and joules follow the price table and the devices
-of the scenario. Schema of `federation.json`; every figure is a sum of ledger rows.
+Every figure is a sum of ledger rows, or follows from sums (see `alternatives`).
 """
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
-
-from pydantic import BaseModel, ConfigDict
+from typing import Any
 
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import DataError
-from tightbeam.simulations.alternatives import Alternative, Job, alternatives
+from tightbeam.simulations.alternatives import Job, alternatives
 from tightbeam.simulations.journal import Row, slow_clients
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+from tightbeam.simulations.schema import (
+    Absence,
+    ClientAccount,
+    Costs,
+    Evaluation,
+    FederationAccount,
+    LineAccount,
+    PrivacyAccount,
+    RoundAccount,
+)
 
-__all__ = [
-    "Absence",
-    "ClientAccount",
-    "Costs",
-    "Evaluation",
-    "FederationAccount",
-    "LineAccount",
-    "PrivacyAccount",
-    "RoundAccount",
-    "account",
-]
+__all__ = ["account"]
 
 _WORK = ("client_round", "client_eval")
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Costs(_Model):
-    """Sums over rows. `up` is away from the client."""
-
-    activation_up_bytes: int = 0
-    activation_down_bytes: int = 0
-    adapter_up_bytes: int = 0
-    adapter_down_bytes: int = 0
-    weight_bytes: int = 0
-    tokens: int = 0
-    edge_flops: int = 0
-    cloud_flops: int = 0
-    joules: float = 0.0  # at the edges, from the scenario's devices
-    money: float = 0.0
-    wall_s: float = 0.0  # of this machine
-
-    @property
-    def activation_bytes(self) -> int:
-        """Both directions."""
-        return self.activation_up_bytes + self.activation_down_bytes
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Both directions."""
-        return self.adapter_up_bytes + self.adapter_down_bytes
-
-    @property
-    def moved_bytes(self) -> int:
-        """Everything."""
-        return self.activation_bytes + self.adapter_bytes + self.weight_bytes
-
-    @classmethod
-    def of(cls, rows: Iterable[Row], prices: Prices) -> Self:
-        """Sum up."""
-        rows = list(rows)
-
-        def total(name: str) -> Any:
-            return sum(row.get(name, 0) for row in rows)
-
-        counts = {
-            "activation_up_bytes": total("wire_up_bytes"),
-            "activation_down_bytes": total("wire_down_bytes"),
-            "adapter_up_bytes": total("adapter_up_bytes"),
-            "adapter_down_bytes": total("adapter_down_bytes"),
-            "weight_bytes": total("weight_bytes"),
-        }
-        bill = prices.bill(
-            wire_bytes=sum(counts.values()), cloud_flops=total("cloud_flops"), edge_joules=total("joules")
-        )
-        return cls(
-            **counts,
-            tokens=total("tokens"),
-            edge_flops=total("edge_flops"),
-            cloud_flops=total("cloud_flops"),
-            joules=total("joules"),
-            money=bill.total,
-            wall_s=total("wall_s"),
-        )
-
-
-class PrivacyAccount(_Model):
-    """What the published adapters can tell about one client, by Flower's accountant."""
-
-    epsilon: float  # after the last round, without amplification by sampling
-    delta: float
-    noise_multiplier: float
-    clipping_norm: float
-    where: str
-    clipping: str
-    secure: bool  # the clients add the noise themselves
-
-
-class RoundAccount(_Model):
-    """One round."""
-
-    round: int
-    updates: int
-    statuses: dict[str, int]
-    loss: float | None
-    relative_error: float | None
-    epsilon: float | None = None  # of all rounds up to this one; None without privacy
-    virtual_s: float
-    median_s: float | None  # virtual seconds of the median client; None when nobody worked
-    slow: dict[str, float]  # clients that took over 1.5 times the median, and how many times
-    notes: list[str]
-    training: Costs
-    evaluation: Costs
-
-
-class Evaluation(_Model):
-    """Held-out loss of the global adapter over the clients, nats per learned token."""
-
-    round: int
-    clients: int
-    loss: float
-    worst: float | None  # None in secure runs, which know the mean alone
-    median: float | None
-    best: float | None
-    worst_client: str | None
-    best_client: str | None
-    virtual_s: float  # up to and with it: rounds and evaluations, weights fetched at the first
-    moved_bytes: int  # the same
-
-
-class ClientAccount(_Model):
-    """One client."""
-
-    name: str
-    group: str
-    mode: str
-    share: str
-    cut: str
-    r: int
-    rounds: int  # in which its update counted
-    slow_rounds: int  # in which it took over 1.5 times the median
-    statuses: dict[str, int]
-    reasons: list[str]
-    codecs: list[str]
-    first_loss: float | None
-    last_loss: float | None
-    virtual_s: float
-    memory_bytes: int
-    training: Costs
-    evaluation: Costs
-
-
-class Absence(_Model):
-    """Why clients handed in nothing that counted, in training or evaluation."""
-
-    status: str
-    reason: str
-    clients: list[str]
-    times: int
-
-
-class LineAccount(_Model):
-    """Steps over shaped lines, a group of clients together: what they took, and what the model says."""
-
-    group: str
-    clients: int
-    measured_s: float
-    virtual_s: float
-
-
-class FederationAccount(_Model):
-    """The whole experiment."""
-
-    name: str
-    model: str
-    fingerprint: str
-    strategy: str
-    secure: bool
-    privacy: PrivacyAccount | None
-    clients: list[ClientAccount]
-    rounds: list[RoundAccount]
-    evaluations: list[Evaluation]
-    absences: list[Absence]
-    lines: list[LineAccount]  # empty unless the lines were shaped
-    total: Costs
-    virtual_s: float
-    target_loss: float | None
-    reached_target: Evaluation | None
-    alternatives: list[Alternative]
-    prices: Prices
 
 
 def account(

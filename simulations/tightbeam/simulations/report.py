@@ -8,9 +8,10 @@ from typing import Any
 from tightbeam.common.costs import units
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.runs import atomic_write
-from tightbeam.simulations.accounts import Costs, FederationAccount, account
+from tightbeam.simulations.accounts import account
 from tightbeam.simulations.alternatives import FLOWERTUNE_BUDGET_MB
 from tightbeam.simulations.scenario import Scenario
+from tightbeam.simulations.schema import Costs, FederationAccount
 
 __all__ = ["to_csv", "to_html", "write_report"]
 
