@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from benchmarks.modes import MODES, Job, parser
+from benchmarks.modes import MODES
+from benchmarks.modes_job import Job, job_options
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -101,7 +102,7 @@ class Watched:
 
 def main() -> None:
     """Train once per seed and point."""
-    options = parser()
+    options = job_options()
     options.add_argument("--points", default="auto,0.25,0.5,1,never", help="when to freeze, in epochs")
     arguments = options.parse_args()
     rule = _load_rule()

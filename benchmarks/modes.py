@@ -15,57 +15,13 @@ nats per learned token before and after, and the bytes that cross over the whole
 set. `--summary FILES` joins such lines into the tables of docs/modes.md.
 """
 
-import argparse
 import json
-import math
-import random
 import statistics
-import time
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import LoraConfig, get_peft_model
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-
-from tightbeam.common.wire.codecs import codec
-from tightbeam.common.wire.delta import KEY_BYTES, BaseStore, Samples, encode_delta
-
-MAX_TOKENS, BATCH, EPOCHS, WARMUP, NUM_VALIDATION = 128, 16, 3, 30, 200
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IGNORED = -100
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mode:
-    """Where adapters sit, what crosses the cuts, and from which epoch on the bottom is frozen."""
-
-    bottom: int = 4
-    top: int = 0
-    activations: str = "fp32"
-    gradients: str = "fp32"
-    freeze_after: float | None = None  # epochs; 0 is mode `top`
-    whole: bool = False  # adapters everywhere and nothing crosses: the baseline
-    taps: int | None = None  # of mode `side`; 0: no ladder
-    rank: int = 16
-    lr: float = 2e-3
-
-    def bytes_per_token(self, epochs: int, width: int, tap_size: int = 0) -> float:
-        """Bytes that cross over the whole run per token of the data set."""
-        if self.whole:
-            return 0.0
-        activations, gradients = (_row_bytes(name, width) for name in (self.activations, self.gradients))
-        if self.taps is not None:
-            return 2 * activations + self.taps * _row_bytes(self.activations, tap_size)
-        trained = float(epochs) if self.freeze_after is None else self.freeze_after
-        once = 0.0 if self.freeze_after is None else 1.0
-        return trained * 2 * (activations + gradients) + once * 2 * activations
-
+from benchmarks.modes_job import Job, Mode, job_options
 
 # "wide": eight or twelve blocks at rank 64 have about as many parameters as thirty at rank 16
 MODES = {
@@ -97,197 +53,31 @@ MODES = {
 }
 
 
-class Crossing(nn.Module):
-    """One cut: what passes is coded and decoded, as a step over the wire does to real tokens only."""
+def main() -> None:
+    """Train what was asked, or summarise."""
+    options = job_options()
+    options.add_argument("--modes", default=",".join(MODES))
+    options.add_argument("--projection", type=Path, help="fitted by tightbeam serve, for side")
+    options.add_argument("--summary", type=Path, nargs="+")
+    arguments = options.parse_args()
+    if arguments.summary:
+        summarise(arguments.summary)
+        return
+    for name in arguments.modes.split(","):
+        for seed in map(int, arguments.seeds.split(",")):
+            mode = MODES[name]
+            if mode.taps is None:
+                job = Job(arguments, mode, seed)
+            else:  # needs the edge's packages
+                from benchmarks.modes_side import SideJob
 
-    def __init__(self, forward_codec: str, backward_codec: str) -> None:
-        super().__init__()
-        self.forward_codec, self.backward_codec = forward_codec, backward_codec
-        self.keep_BT: Tensor | None = None
-        self.rows: list[int] | None = None  # which samples, for deltas; None: not to be remembered
-        self.detach = False
-        self.store = BaseStore()
-
-    def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the hidden states as the other side gets them."""
-        assert self.keep_BT is not None
-        if self.detach:
-            hidden_BTD = hidden_BTD.detach()
-        decoded_BTD = torch.zeros_like(hidden_BTD)
-        decoded_BTD[self.keep_BT] = self._recode(hidden_BTD.detach()[self.keep_BT]).to(decoded_BTD.dtype)
-        out_BTD: Tensor = _Cross.apply(hidden_BTD, decoded_BTD, self.keep_BT, self.backward_codec)  # type: ignore[no-untyped-call]
-        return out_BTD
-
-    def _recode(self, rows_ND: Tensor) -> Tensor:
-        name, delta, inner = self.forward_codec.partition("delta-")
-        if not delta:
-            return recode_rows(rows_ND, name)
-        assert self.keep_BT is not None
-        lengths = self.keep_BT.sum(1).tolist()
-        keys = [b"" if self.rows is None else self.rows[i].to_bytes(KEY_BYTES) for i in range(len(lengths))]
-        samples = Samples.of(keys, lengths, rows_ND.shape[1])
-        _, decoded_ND = encode_delta(inner, rows_ND, self.store.latest(samples), samples.lengths)
-        self.store.remember(samples, decoded_ND)
-        return decoded_ND.to(rows_ND.device)
-
-
-class _Cross(torch.autograd.Function):
-    """The decoded values forward, the decoded gradient backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_BTD: Tensor, decoded_BTD: Tensor, keep_BT: Tensor, backward_codec: str
-    ) -> Tensor:
-        ctx.keep_BT, ctx.backward_codec = keep_BT, backward_codec
-        return decoded_BTD
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, None, None, None]:
-        if ctx.backward_codec == "fp32":
-            return grad_BTD, None, None, None
-        out_BTD = torch.zeros_like(grad_BTD)
-        out_BTD[ctx.keep_BT] = recode_rows(grad_BTD[ctx.keep_BT], ctx.backward_codec)
-        return out_BTD, None, None, None
-
-
-def recode_rows(rows_ND: Tensor, name: str) -> Tensor:
-    """Rows as the other side gets them."""
-    if name == "fp32":
-        return rows_ND
-    coder = codec(name)
-    decoded_ND = coder.decode(coder.encode(rows_ND.float()), tuple(rows_ND.shape), torch.float32)
-    return decoded_ND.to(rows_ND.device, rows_ND.dtype)
-
-
-def _row_bytes(name: str, width: int) -> float:
-    return codec(name.removeprefix("delta-")).num_bytes((1024, width)) / 1024
-
-
-class Job:
-    """One mode trained with one seed."""
-
-    def __init__(self, arguments: argparse.Namespace, mode: Mode, seed: int) -> None:
-        self.mode, self.seed, self.lr = mode, seed, arguments.lr or mode.lr
-        self.epochs: int = arguments.epochs
-        self.device = torch.device(arguments.device)
-        tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        train, judged = (
-            _examples(arguments.data / f"{name}.jsonl", tokenizer, arguments.max_tokens)
-            for name in ("train", "eval")
-        )
-        if arguments.validate:
-            train, judged = train[:-NUM_VALIDATION], train[-NUM_VALIDATION:]
-        self.train, self.eval = train[: arguments.limit], judged[: arguments.limit]
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        model.to(self.device)
-        blocks = model.model.layers
-        num_blocks = len(blocks)
-        self.bottom, self.top = range(mode.bottom), range(num_blocks - mode.top, num_blocks)
-        self.up = Crossing(mode.activations, mode.gradients)
-        self.down = Crossing(mode.activations, mode.gradients)
-        if not mode.whole:
-            self._cross(blocks)
-        adapted = range(num_blocks) if mode.whole else [*self.bottom, *self.top]
-        torch.manual_seed(seed)
-        config = LoraConfig(
-            r=mode.rank,
-            lora_alpha=2 * mode.rank,
-            target_modules=PROJECTIONS,
-            layers_to_transform=list(adapted),
-        )
-        self.model: Any = get_peft_model(model.eval(), config)
-        if mode.freeze_after == 0:
-            self._freeze()
-
-    def run(self) -> dict[str, Any]:
-        """Train; give the losses."""
-        before, began_s = self.evaluate(), time.perf_counter()
-        trained = self.parameters()
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
-        batches = list(self._batches())
-        freeze_at = (
-            None
-            if self.mode.freeze_after is None
-            else int(self.mode.freeze_after * len(batches) / self.epochs)
-        )
-        for step, rows in enumerate(batches):
-            if freeze_at and step == freeze_at:
-                self._freeze()
-            rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * rate
-            self.up.rows = self.down.rows = rows
-            total, learned = self._loss([self.train[row] for row in rows])
-            optimizer.zero_grad(set_to_none=True)
-            (total / learned).backward()
-            nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-        return {"before": before, "loss": self.evaluate(), "train_s": round(time.perf_counter() - began_s, 1)}
-
-    @torch.no_grad()
-    def evaluate(self) -> float:
-        """Mean loss over the learned tokens of the evaluation data."""
-        self.up.rows = self.down.rows = None
-        totals = [self._loss(self.eval[i : i + 32]) for i in range(0, len(self.eval), 32)]
-        return sum(float(total) for total, _ in totals) / sum(learned for _, learned in totals)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is trained."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def logits(self, input_ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
-        """The forward pass; `keep_BT` tells tokens from padding."""
-        self.up.keep_BT = self.down.keep_BT = keep_BT
-        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False).logits
-        return logits_BTV
-
-    def _cross(self, blocks: nn.ModuleList) -> None:
-        blocks[self.bottom.stop].register_forward_pre_hook(lambda _, args: (self.up(args[0]), *args[1:]))
-        blocks[self.top.start].register_forward_pre_hook(lambda _, args: (self.down(args[0]), *args[1:]))
-
-    def _loss(self, examples: list[tuple[list[int], int]]) -> tuple[Tensor, int]:
-        length = max(len(ids) for ids, _ in examples)
-        input_ids = torch.zeros(len(examples), length, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED)
-        keep = torch.zeros_like(input_ids, dtype=torch.bool)
-        for row, (ids, prompt) in enumerate(examples):
-            input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
-            keep[row, : len(ids)] = True
-        with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.logits(input_ids.to(self.device), keep.to(self.device))
-        targets = labels[:, 1:].to(self.device)
-        total = cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return total, int((labels[:, 1:] != IGNORED).sum())
-
-    def _batches(self) -> Iterator[list[int]]:
-        for epoch in range(self.epochs):
-            order = list(range(len(self.train)))
-            random.Random(1000 * self.seed + epoch).shuffle(order)
-            yield from (order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH))
-
-    def _freeze(self) -> None:
-        """The bottom's adapter stays in place and no gradient crosses any more."""
-        self.down.detach = True
-        for index in self.bottom:
-            for parameter in self.model.base_model.model.model.layers[index].parameters():
-                parameter.requires_grad_(False)
-                parameter.grad = None
-
-
-def _examples(path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[tuple[list[int], int]]:
-    """Token ids and the length of the prompt; entries without an answer within the limit are left out."""
-    out = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        messages = json.loads(line)["messages"]
-        asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-        prompt, ids = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (asked, whole))
-        if min(len(ids), max_tokens) > len(prompt):
-            out.append((ids[:max_tokens], len(prompt)))
-    return out
+                job = SideJob(arguments, mode, seed)
+            row: dict[str, Any] = {"mode": name, "seed": seed, "rank": mode.rank, "lr": job.lr}
+            row["data"] = arguments.data.name
+            row |= {"max_tokens": arguments.max_tokens, "epochs": job.epochs, "validate": arguments.validate}
+            width, tap_size = job.model.config.hidden_size, getattr(job, "tap_size", 0)
+            crossed = mode.bytes_per_token(job.epochs, width, tap_size)
+            print(json.dumps(row | job.run() | {"bytes_per_token": round(crossed, 1)}), flush=True)
 
 
 def summarise(files: list[Path]) -> None:
@@ -315,50 +105,6 @@ def summarise(files: list[Path]) -> None:
                 "bytes_per_token": rows[0]["bytes_per_token"],
             }
             print(json.dumps(found))
-
-
-def parser() -> argparse.ArgumentParser:
-    """Of the options that every job needs."""
-    options = argparse.ArgumentParser(description="Quality of the modes on a dictionary.")
-    options.add_argument("--model", type=Path)
-    options.add_argument("--data", type=Path, help="folder written by jargon.py")
-    options.add_argument("--seeds", default="0")
-    options.add_argument("--lr", type=float, default=None, help="instead of the mode's own")
-    options.add_argument("--epochs", type=int, default=EPOCHS)
-    options.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
-    options.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    options.add_argument("--limit", type=int, default=None, help="use fewer examples")
-    options.add_argument(
-        "--validate", action="store_true", help="judge by training texts that are kept apart"
-    )
-    return options
-
-
-def main() -> None:
-    """Train what was asked, or summarise."""
-    options = parser()
-    options.add_argument("--modes", default=",".join(MODES))
-    options.add_argument("--projection", type=Path, help="fitted by tightbeam serve, for side")
-    options.add_argument("--summary", type=Path, nargs="+")
-    arguments = options.parse_args()
-    if arguments.summary:
-        summarise(arguments.summary)
-        return
-    for name in arguments.modes.split(","):
-        for seed in map(int, arguments.seeds.split(",")):
-            mode = MODES[name]
-            if mode.taps is None:
-                job = Job(arguments, mode, seed)
-            else:  # needs the edge's packages
-                from benchmarks.modes_side import SideJob
-
-                job = SideJob(arguments, mode, seed)
-            row: dict[str, Any] = {"mode": name, "seed": seed, "rank": mode.rank, "lr": job.lr}
-            row["data"] = arguments.data.name
-            row |= {"max_tokens": arguments.max_tokens, "epochs": job.epochs, "validate": arguments.validate}
-            width, tap_size = job.model.config.hidden_size, getattr(job, "tap_size", 0)
-            crossed = mode.bytes_per_token(job.epochs, width, tap_size)
-            print(json.dumps(row | job.run() | {"bytes_per_token": round(crossed, 1)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import argparse
 from typing import Any
 
 import torch
-from benchmarks.modes import Job, Mode, recode_rows
+from benchmarks.modes_job import Job, Mode, recode_rows
 from torch import Tensor, nn
 
 from tightbeam.common.backbone import Projection, Segments
