@@ -72,6 +72,9 @@ def test_an_error_names_file_and_line_or_the_flag(tmp_path: Path) -> None:
         load_scenario(path, ["train.steps=no"])
     with pytest.raises(RecipeError, match="Cannot read the scenario"):
         load_scenario(tmp_path / "absent.yaml")
+    (tmp_path / "empty.yaml").write_text("", encoding="utf-8")
+    with pytest.raises(RecipeError, match=r"is empty, not keys and values\. Start from .*/scenarios/"):
+        load_scenario(tmp_path / "empty.yaml")
     assert load_scenario(path, ["train.steps=7", "client.network=4g"]).train.steps == 7
 
 

@@ -17,8 +17,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tightbeam.common.config_errors import explain
-from tightbeam.common.config_yaml import key_lines, parse_mapping, parse_value
-from tightbeam.common.errors import RecipeError, reason
+from tightbeam.common.config_yaml import parse_value, read_mapping
+from tightbeam.common.errors import RecipeError
 
 __all__ = [
     "DELTA",
@@ -337,15 +337,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             dotted key and the line, or the `--set` that brought it.
 
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"Cannot read the recipe {path}: {reason(error)}.", cure="Give the path of a YAML file."
-        ) from error
-    return recipe_from_mapping(
-        parse_mapping(text, str(path)), overrides=overrides, origin=str(path), lines=key_lines(text)
-    )
+    mapping, lines = read_mapping(path, "recipe", "recipes/")
+    return recipe_from_mapping(mapping, overrides=overrides, origin=str(path), lines=lines)
 
 
 def recipe_from_mapping(

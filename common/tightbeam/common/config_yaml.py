@@ -6,13 +6,14 @@ and `2026-01-01` a date. This loader resolves the core types of YAML 1.2 only, a
 
 import re
 from collections.abc import Hashable
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tightbeam.common.errors import RecipeError
+from tightbeam.common.errors import RecipeError, reason
 
-__all__ = ["key_lines", "parse_mapping", "parse_value"]
+__all__ = ["key_lines", "parse_mapping", "parse_value", "read_mapping"]
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,13 +52,29 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value)
 _Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(node.value))
 
 
-def parse_mapping(text: str, origin: str) -> dict[str, Any]:
+def read_mapping(path: str | Path, what: str, examples: str) -> tuple[dict[str, Any], dict[str, int]]:
+    """Keys and values of a file, and the line of each dotted key; `what` is what it should be.
+
+    Raises:
+        RecipeError: it cannot be read, is no YAML, or has no keys; `examples` says where such files are.
+
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"Cannot read the {what} {path}: {reason(error)}.", cure="Give the path of a YAML file."
+        ) from error
+    return parse_mapping(text, str(path), examples), key_lines(text)
+
+
+def parse_mapping(text: str, origin: str, examples: str = "recipes/") -> dict[str, Any]:
     """Parse a file whose top level is keys and values; `origin` names it in errors."""
     data = _parse(text, origin)
     if not isinstance(data, dict):
         shown = "is empty" if data is None else f"holds {type(data).__name__} at its top level"
         raise RecipeError(
-            f"{origin} {shown}, not keys and values.", cure="Start from one of the files in recipes/."
+            f"{origin} {shown}, not keys and values.", cure=f"Start from one of the files in {examples}."
         )
     return data
 

@@ -17,8 +17,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tightbeam.common.config import Codecs, Section, SideSection, checked_section
-from tightbeam.common.config_yaml import key_lines, parse_mapping
-from tightbeam.common.errors import RecipeError, reason
+from tightbeam.common.config_yaml import read_mapping
 from tightbeam.simulations.profiles import DEVICES, NETWORKS, Budget, DeviceProfile, NetworkProfile
 
 __all__ = [
@@ -406,14 +405,8 @@ def load_scenario(path: str | Path, overrides: Sequence[str] = ()) -> Scenario:
         RecipeError: the file cannot be read, is not YAML, or a key or value is wrong, with its line.
 
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"Cannot read the scenario {path}: {reason(error)}.", cure="Give the path of a YAML file."
-        ) from error
-    mapping = parse_mapping(text, str(path))
-    return scenario_from_mapping(mapping, overrides=overrides, origin=str(path), lines=key_lines(text))
+    mapping, lines = read_mapping(path, "scenario", "simulations/tightbeam/simulations/scenarios/")
+    return scenario_from_mapping(mapping, overrides=overrides, origin=str(path), lines=lines)
 
 
 def scenario_from_mapping(
