@@ -60,7 +60,11 @@ def train(model: PreTrainedModel, before: Callable[[int], None] = lambda number:
 
 
 def split(cloud: InProcessCloud, codec: str) -> dict[str, Tensor]:
-    return train(cloud.load_model(cloud.stepper(str(uuid4()), codec=codec)))
+    stepper = cloud.stepper(str(uuid4()), codec=codec)
+    try:
+        return train(cloud.load_model(stepper))
+    finally:
+        stepper.close()  # the cloud is shared, and one tenant may have 32 streams
 
 
 def distance(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
