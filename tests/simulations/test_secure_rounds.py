@@ -53,6 +53,15 @@ def test_a_round_is_not_done_twice(nodes: SecureNodes) -> None:
         nodes.run(2)
 
 
+def test_who_vanished_in_one_round_joins_the_next_without_its_former_peers(nodes: SecureNodes) -> None:
+    nodes.gone = {NAMES[2]}
+    nodes.run(1)
+    nodes.gone, others = set(), NAMES[:4]
+    del nodes.ids[NAMES[4]]  # not sampled this time, so nobody gets its certificate
+    _require_mean(nodes, nodes.run(2), others)
+    assert nodes.server.failures == {}
+
+
 def test_two_vanish_and_the_sum_of_three_is_exact_but_of_two_there_is_none(nodes: SecureNodes) -> None:
     nodes.gone = {NAMES[1], NAMES[4]}
     _require_mean(nodes, nodes.run(1), [NAMES[0], NAMES[2], NAMES[3]])

@@ -104,7 +104,7 @@ def answer_step(client: Client, context: Context, content: RecordDict) -> bytes:
         raise ProtocolError(f"{client.profile.name} was asked for the step {step!r}, which there is not.")
     kept = context.state.config_records.get(_STATE) or ConfigRecord({"state": b""})
     state, certificates = kept["state"], config["certificates"] if step == "join" else kept["certificates"]
-    ours = _restored(client, certificates, state)
+    ours = _restored(client, certificates, state, anew=step == "join")
     reply = _STEPS[step](ours, message)
     _store(context, ours, certificates)
     return reply
@@ -156,14 +156,16 @@ def _model_sha256(arrays: Arrays) -> bytes:
     return digest.digest()
 
 
-def _restored(client: Client, certificates: object, state: object) -> SecAggClient:
+def _restored(client: Client, certificates: object, state: object, *, anew: bool = False) -> SecAggClient:
     identity = _identity_of(client)
     assert isinstance(certificates, list)
     assert isinstance(state, bytes)
     roster = roster_from([one for one in certificates if isinstance(one, bytes)], identity.trust)
     least = client.scenario.strategy.min_cohort
     ours = SecAggClient(client.profile.name, identity.signing_key, roster, min_cohort=least)
-    return ours.restore(state) if state else ours
+    if not state:
+        return ours
+    return ours.restore_number(state) if anew else ours.restore(state)
 
 
 def _store(context: Context, ours: SecAggClient, certificates: Any) -> None:

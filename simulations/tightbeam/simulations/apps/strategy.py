@@ -86,7 +86,9 @@ class FederatedLora(Strategy):
         opened = self._secure.open(number, purpose, sent, list(names.values()), grid)
         kind = _ROWS[purpose]
         for name, reason in sorted(opened.failures.items()):
-            self.journal.append(kind, round=number, client=name, status="failed", reason=reason)
+            # It was sent nothing to work on, so its row has no costs.
+            figures: Row = {"status": "failed", "reason": reason, "run": "", "codec": ""}
+            self.journal.append(kind, round=number, client=name, **figures)
         ready = [m for m in messages if names[m.metadata.dst_node_id] in opened.inboxes]
         for message in ready:
             inbox = opened.inboxes[names[message.metadata.dst_node_id]]

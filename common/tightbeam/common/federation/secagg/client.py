@@ -97,6 +97,17 @@ class SecAggClient:
             self._received.append(message)
         return self
 
+    def restore_number(self, state: bytes) -> Self:
+        """Take over the latest round number and nothing else: all that a new round needs of the one before.
+
+        That one may never have ended for this client, and its peers may be on no roster any more.
+        """
+        label, last_round, *_ = split(state)
+        if fields("client state") != len(label).to_bytes(4) + label:
+            raise ProtocolError("This is no state of a secure aggregation client.")
+        self.last_round = int.from_bytes(last_round, signed=True)
+        return self
+
     # 1 ------------------------------------------------------------------------------------------ keys
 
     def join(self, plan: bytes) -> bytes:
