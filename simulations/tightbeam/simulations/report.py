@@ -5,7 +5,7 @@ import io
 from pathlib import Path
 from typing import Any
 
-from tightbeam.common.costs import units
+from tightbeam.common.costs.pages import render
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.accounts import account
@@ -50,22 +50,10 @@ def to_csv(found: FederationAccount) -> str:
 
 def to_html(found: FederationAccount) -> str:
     """Render the page."""
-    import jinja2
-
-    from tightbeam.common.costs import report as costs_report
-
-    shared = Path(costs_report.__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader([_TEMPLATES, shared]),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in units.__all__:
-        environment.filters[name.removesuffix("_text")] = getattr(units, name)
     whole = next(one for one in found.alternatives if one.name == "whole model at the edge")
-    return environment.get_template("federation.html").render(
+    return render(
+        "federation.html",
+        _TEMPLATES,
         found=found,
         total=found.total,
         prices=found.prices,

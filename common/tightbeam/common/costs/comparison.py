@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tightbeam.common.costs.pages import render
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.costs.schema import Edge
 from tightbeam.common.costs.summary import summarise
@@ -20,7 +21,6 @@ from tightbeam.common.runs import atomic_write
 __all__ = ["ModeResult", "lines_of", "print_comparison", "read_result", "to_html", "write_comparison"]
 
 _STEP_KINDS = ("forward", "backward", "evaluation", "fill")
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +107,7 @@ def print_comparison(results: Sequence[ModeResult], console: Console | None = No
 
 def to_html(results: Sequence[ModeResult]) -> str:
     """Render the page: self-contained, like a run's report."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("compare.html").render(results=results, lines=lines_of(results))
+    return render("compare.html", results=results, lines=lines_of(results))
 
 
 def write_comparison(results: Sequence[ModeResult], folder: Path) -> Path:

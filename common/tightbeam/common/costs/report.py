@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from tightbeam.common.costs import units
+from tightbeam.common.costs.pages import render
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.costs.schema import Costs, Edge
 from tightbeam.common.costs.summary import summarise
@@ -29,8 +29,6 @@ PHASES = {
     "other": "other",
 }
 """Fields of `Seconds` that add up to its `wall`, and their names for people."""
-
-_TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_report(run_folders: Sequence[str | Path], output: str | Path, prices: Prices | None = None) -> Path:
@@ -66,18 +64,8 @@ def to_csv(costs: Costs) -> str:
 
 def to_html(costs: Costs) -> str:
     """Render the page."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    for name in units.__all__:
-        environment.filters[name.removesuffix("_text")] = getattr(units, name)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
         costs=costs,
         total=costs.total,
         prices=costs.prices,
