@@ -41,8 +41,6 @@ def _simulate(folder: Path, text: str, *words: str, startup: str = "") -> subpro
         "sample",
         "no-identities",
         "impossible",
-        "few-topics",
-        "no-field",
         "no-data",
         "runtime",
         "nothing-to-resume",
