@@ -87,7 +87,7 @@ def test_nan_and_inf(mitm: Mitm, monkeypatch: pytest.MonkeyPatch, poison: float)
         def unseen(tensor_ND: Tensor, what: str) -> Tensor:
             return tensor_ND
 
-        monkeypatch.setattr(stepper, "_finite", unseen)
+        monkeypatch.setattr(stepper, "finite", unseen)
         with pytest.raises(NonFiniteError, match=r"activations of this step hold NaN or Inf\. Lower"):
             run.gradients()
         assert_tried_once(mitm, run)

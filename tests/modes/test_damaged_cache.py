@@ -191,7 +191,8 @@ def test_a_full_disk_is_said_once_and_changes_no_bit(folder: Path, tmp_path: Pat
             (tmp_path / name / "recipe.yaml").write_text(recipe.resolved_yaml())
             ended = run_command(tmp_path / name, "train", "recipe.yaml", max_file_bytes=limit)
             assert ended.code == 0, ended.err
-            assert ended.err.count("go through the cloud in every epoch") == (name == "full")
+            said = " ".join(ended.err.split())  # a terminal's line breaks depend on the length of paths
+            assert said.count("go through the cloud in every epoch") == (name == "full")
             adapter = recipe.run_folder / "adapter"
             found[name] = b"".join(path.read_bytes() for path in sorted(adapter.glob("*.safetensors")))
             sizes = [path.stat().st_size for path in shard_paths(recipe.run_folder / "cache")]
