@@ -88,7 +88,7 @@ class Crossing(nn.Module):
             hidden_BTD = hidden_BTD.detach()
         decoded_BTD = torch.zeros_like(hidden_BTD)
         decoded_BTD[self.keep_BT] = self._recode(hidden_BTD.detach()[self.keep_BT]).to(decoded_BTD.dtype)
-        out_BTD: Tensor = _Cross.apply(hidden_BTD, decoded_BTD, self.keep_BT, self.backward_codec)  # type: ignore[no-untyped-call]
+        out_BTD: Tensor = _Cross.apply(hidden_BTD, decoded_BTD, self.keep_BT, self.backward_codec)  # type: ignore[no-untyped-call]  # torch leaves `apply` bare
         return out_BTD
 
     def _recode(self, rows_ND: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ that nothing happened to.
 """
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,10 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from support.cached_runs import Crossing, cached_recipe, save_model, train_over
+from support.cached_runs import Crossing, cached_recipe, train_over
 from support.commands import Cloud, run_command
 from support.edge_runs import byte_tokenizer, write_jsonl
 from support.in_process import InProcessCloud
-from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import IdentityError
 from tightbeam.edge.cache.store import shard_paths
@@ -30,22 +28,6 @@ MODES: dict[str, dict[str, Any]] = {
     "side": {"mode": "side", "side": {"taps": 2, "width": 16, "heads": 2}},
 }
 each_mode = pytest.mark.parametrize("mode", MODES)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    (path / "public.txt").write_text("It was the best of times, it was the worst of times. " * 40)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    place = tmp_path_factory.mktemp("cloud")
-    fit = ProjectionOptions(file=place / "p.safetensors", text=folder / "public.txt", size=4)
-    with InProcessCloud(folder, place, projection=fit) as running:
-        yield running
 
 
 class Runs:

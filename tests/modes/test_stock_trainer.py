@@ -16,10 +16,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from support.cached_runs import save_model
 from support.in_process import InProcessCloud
 from support.tiny import ragged_batch
-from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.edge.cache import ActivationCache
 from tightbeam.edge.cache.shortcut import FrozenParts, TrunkShortcut
@@ -29,22 +27,6 @@ from tightbeam.edge.side import add_side, load_side, save_side
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 PROMPT = torch.arange(60, 66)[None]
 GENERATE: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    (path / "public.txt").write_text("It was the best of times, it was the worst of times. " * 40)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    place = tmp_path_factory.mktemp("cloud")
-    fit = ProjectionOptions(file=place / "p.safetensors", text=folder / "public.txt", size=4)
-    with InProcessCloud(folder, place, projection=fit) as running:
-        yield running
 
 
 @dataclass

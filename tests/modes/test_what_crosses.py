@@ -5,7 +5,7 @@ those, so there is no other plaintext. A check that could not fail would show no
 an adapter planted in a recording are each found.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 from support.cached_runs import Crossing, cached_recipe, save_model, train_over
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
-from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.common.wire.codecs import codec
 from tightbeam.common.wire.messages import decode_tensor
 from tightbeam.common.wire.records import TAG_BYTES
@@ -36,22 +35,6 @@ MODES: dict[str, dict[str, Any]] = {
 ALLOWED = {"step", "kind", "tensors", "reply_codec", "lengths", "run_starts", "run_lengths"}
 ASKED = {"side": {"taps", "projection"}}
 WIDTH = 16
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    (path / "public.txt").write_text("It was the best of times, it was the worst of times. " * 40)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    place = tmp_path_factory.mktemp("cloud")
-    fit = ProjectionOptions(file=place / "p.safetensors", text=folder / "public.txt", size=4)
-    with InProcessCloud(folder, place, projection=fit) as running:
-        yield running
 
 
 class Recorded:

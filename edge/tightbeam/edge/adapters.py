@@ -55,6 +55,7 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, blocks: rang
             # PEFT 0.21 asks transformers 5.23 for a property under its former name.
             warnings.filterwarnings("ignore", message=".is_gradient_checkpointing.", category=FutureWarning)
             return peft.get_peft_model(model, config)
+    # NotImplementedError: PEFT's word for a kind of layer that a method lacks
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(
             f"PEFT cannot put {section.method} on this model: {error}", cure="Change the adapter section."

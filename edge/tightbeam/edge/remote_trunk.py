@@ -127,7 +127,7 @@ def through_cloud(
     """
     # Asked here, because autograd turns gradients off inside its functions.
     purpose: Purpose = "train" if torch.is_grad_enabled() else "evaluate"
-    out_ND: Tensor = _CloudSpan.apply(  # type: ignore[no-untyped-call]
+    out_ND: Tensor = _CloudSpan.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` bare
         hidden_ND, stepper, segments, purpose, input_ids_N
     )
     return out_ND

@@ -11,7 +11,7 @@ from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.accounts import account
 from tightbeam.simulations.alternatives import FLOWERTUNE_BUDGET_MB
 from tightbeam.simulations.scenario import Scenario
-from tightbeam.simulations.schema import Costs, FederationAccount
+from tightbeam.simulations.schema import ClientAccount, Costs, FederationAccount, RoundAccount
 
 __all__ = ["to_csv", "to_html", "write_report"]
 
@@ -39,8 +39,9 @@ def to_csv(found: FederationAccount) -> str:
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("of", "name", "phase", "quantity", "value"))
-    parts = [("client", client.name, client) for client in found.clients]
-    parts += [("round", str(one.round), one) for one in found.rounds]  # type: ignore[misc]  # same two fields
+    parts: list[tuple[str, str, ClientAccount | RoundAccount]] = []
+    parts += [("client", client.name, client) for client in found.clients]
+    parts += [("round", str(one.round), one) for one in found.rounds]
     for of, name, part in parts:
         for phase, costs in (("training", part.training), ("evaluation", part.evaluation)):
             for quantity, value in costs.model_dump().items():
