@@ -10,7 +10,7 @@ import pytest
 from torch import Tensor
 
 from support.commands import Cloud
-from support.mitm import Mitm, Way
+from support.mitm import Fault, Mitm, Way
 from support.split_runs import SplitRun, same, split_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -62,6 +62,7 @@ def test_during_a_step(cloud: Cloud, way: Way, number: int) -> None:
 
     with Mitm(cloud.address) as mitm, split_run(mitm.address) as run:
         mitm.on_record = kill_once
+        mitm.faults = [Fault("swallow", way, number + 1)]  # what it had sent by then dies on the way
 
         def revive() -> None:
             killed.wait(30)
