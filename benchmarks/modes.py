@@ -40,6 +40,17 @@ MODES = {
     "freeze-4:8-half-wide-int4-int8": Mode(
         top=8, activations="int4", gradients="int8", freeze_after=0.5, rank=64, lr=1e-3
     ),
+    "freeze-4:8-half-wide-quick": Mode(top=8, freeze_after=0.5, rank=64, lr=1e-3, bottom_lr=2.0, warmup=10),
+    "freeze-4:8-half-wide-quick-int4-int8": Mode(
+        top=8,
+        activations="int4",
+        gradients="int8",
+        freeze_after=0.5,
+        rank=64,
+        lr=1e-3,
+        bottom_lr=2.0,
+        warmup=10,
+    ),
     "freeze-4:8-one": Mode(top=8, freeze_after=1.0),
     "freeze-4:8-one-wide": Mode(top=8, freeze_after=1.0, rank=64, lr=1e-3),
     "top-8": Mode(top=8, freeze_after=0.0),

@@ -1,5 +1,8 @@
 """One training of modes.py: the whole model in one process, with the real codecs at both cuts.
 
+What a frozen trunk answers is computed once per example, as an edge fetches it once; the head is computed for
+learned tokens only, as at an edge.
+
 B = batch, T = tokens of the longest text, N = tokens, D = hidden size, V = vocabulary.
 """
 
@@ -17,6 +20,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tightbeam.common.wire.codecs import codec
@@ -24,7 +28,6 @@ from tightbeam.common.wire.delta import KEY_BYTES, BaseStore, Samples, encode_de
 
 MAX_TOKENS, BATCH, EPOCHS, WARMUP, NUM_VALIDATION = 128, 16, 3, 30, 200
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-IGNORED = -100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class Mode:
     taps: int | None = None  # of mode `side`; 0: no ladder
     rank: int = 16
     lr: float = 2e-3
+    bottom_lr: float = 1.0  # times lr
+    warmup: int = WARMUP
 
     def bytes_per_token(self, epochs: int, width: int, tap_size: int = 0) -> float:
         """Bytes that cross over the whole run per token of the data set."""
@@ -78,12 +83,14 @@ class Crossing(nn.Module):
         self.forward_codec, self.backward_codec = forward_codec, backward_codec
         self.keep_BT: Tensor | None = None
         self.rows: list[int] | None = None  # which samples, for deltas; None: not to be remembered
-        self.detach = False
+        self.detach = self.passes = False
         self.store = BaseStore()
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states as the other side gets them."""
         assert self.keep_BT is not None
+        if self.passes:
+            return hidden_BTD
         if self.detach:
             hidden_BTD = hidden_BTD.detach()
         decoded_BTD = torch.zeros_like(hidden_BTD)
@@ -156,6 +163,7 @@ class Job:
         blocks = model.model.layers
         num_blocks = len(blocks)
         self.bottom, self.top = range(mode.bottom), range(num_blocks - mode.top, num_blocks)
+        self.below_top, self.top_blocks = blocks[: self.top.start], blocks[self.top.start :]
         self.up = Crossing(mode.activations, mode.gradients)
         self.down = Crossing(mode.activations, mode.gradients)
         if not mode.whole:
@@ -169,6 +177,8 @@ class Job:
             layers_to_transform=list(adapted),
         )
         self.model: Any = get_peft_model(model.eval(), config)
+        self.inner: Any = self.model.base_model.model.model
+        self.answers: dict[int, Tensor] | None = None  # of a frozen trunk, by row of the training data
         if mode.freeze_after == 0:
             self._freeze()
 
@@ -176,7 +186,8 @@ class Job:
         """Train; give the losses."""
         before, began_s = self.evaluate(), time.perf_counter()
         trained = self.parameters()
-        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(self._groups(), weight_decay=0.0)
+        peaks = [group["lr"] for group in optimizer.param_groups]
         batches = list(self._batches())
         freeze_at = (
             None
@@ -186,11 +197,12 @@ class Job:
         for step, rows in enumerate(batches):
             if freeze_at and step == freeze_at:
                 self._freeze()
-            rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-            for group in optimizer.param_groups:
-                group["lr"] = self.lr * rate
+            rate = min(1.0, (step + 1) / self.mode.warmup)
+            rate *= 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate
             self.up.rows = self.down.rows = rows
-            total, learned = self._loss([self.train[row] for row in rows])
+            total, learned = self._loss([self.train[row] for row in rows], rows)
             optimizer.zero_grad(set_to_none=True)
             (total / learned).backward()
             nn.utils.clip_grad_norm_(trained, 1.0)
@@ -208,32 +220,66 @@ class Job:
         """All that is trained."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def logits(self, input_ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
-        """The forward pass; `keep_BT` tells tokens from padding."""
+    def hidden(self, input_ids_BT: Tensor, keep_BT: Tensor, rows: list[int] | None) -> Tensor:
+        """What enters the head; `keep_BT` tells tokens from padding, `rows` are of the training data."""
         self.up.keep_BT = self.down.keep_BT = keep_BT
-        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False).logits
-        return logits_BTV
+        if rows is not None and self.answers is not None:
+            return self._hidden_of_top(input_ids_BT, keep_BT, rows, self.answers)
+        hidden_BTD: Tensor = self.inner(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTD
+
+    def _hidden_of_top(
+        self, input_ids_BT: Tensor, keep_BT: Tensor, rows: list[int], answers: dict[int, Tensor]
+    ) -> Tensor:
+        blocks = self.inner.layers
+        if missing := [place for place, row in enumerate(rows) if row not in answers]:
+            self.inner.layers = self.below_top
+            with torch.no_grad():
+                self.inner(input_ids=input_ids_BT[missing], use_cache=False)
+            for place, last_TD in zip(missing, self.below, strict=True):
+                answers[rows[place]] = recode_rows(last_TD[keep_BT[place]], self.mode.activations)
+        decoded_BTD = pad_sequence([answers[row] for row in rows], batch_first=True)
+        self.inner.layers, self.down.passes = self.top_blocks, True
+        hidden_BTD: Tensor = self.inner(inputs_embeds=decoded_BTD, use_cache=False).last_hidden_state
+        self.inner.layers, self.down.passes = blocks, False
+        return hidden_BTD
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Parameter groups, the bottom's first where it has its own learning rate."""
+        below = {id(p) for i in self.bottom for p in self.below_top[i].parameters()}
+        groups = []
+        for factor, own in (
+            (self.mode.bottom_lr, [p for p in self.parameters() if id(p) in below]),
+            (1.0, [p for p in self.parameters() if id(p) not in below]),
+        ):
+            groups += [{"params": own, "lr": self.lr * factor}] if own else []
+        return groups
 
     def _cross(self, blocks: nn.ModuleList) -> None:
         blocks[self.bottom.stop].register_forward_pre_hook(lambda _, args: (self.up(args[0]), *args[1:]))
         blocks[self.top.start].register_forward_pre_hook(lambda _, args: (self.down(args[0]), *args[1:]))
+        blocks[self.top.start - 1].register_forward_hook(self._note_below)
 
-    def _loss(self, examples: list[tuple[list[int], int]]) -> tuple[Tensor, int]:
+    def _note_below(self, block: nn.Module, args: tuple[Any, ...], out_BTD: Tensor) -> None:
+        self.below = out_BTD.detach()
+
+    def _loss(
+        self, examples: list[tuple[list[int], int]], rows: list[int] | None = None
+    ) -> tuple[Tensor, int]:
         length = max(len(ids) for ids, _ in examples)
         input_ids = torch.zeros(len(examples), length, dtype=torch.int64)
-        labels = torch.full_like(input_ids, IGNORED)
         keep = torch.zeros_like(input_ids, dtype=torch.bool)
+        learned = torch.zeros_like(keep)
         for row, (ids, prompt) in enumerate(examples):
             input_ids[row, : len(ids)] = torch.tensor(ids)
-            labels[row, prompt : len(ids)] = torch.tensor(ids[prompt:])
             keep[row, : len(ids)] = True
+            learned[row, prompt : len(ids)] = True
+        input_ids, keep, learned = (t.to(self.device) for t in (input_ids, keep, learned[:, 1:]))
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self.logits(input_ids.to(self.device), keep.to(self.device))
-        targets = labels[:, 1:].to(self.device)
-        total = cross_entropy(
-            logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
-        return total, int((labels[:, 1:] != IGNORED).sum())
+            hidden_BTD = self.hidden(input_ids, keep, rows)
+            logits_NV = self.model.get_output_embeddings()(hidden_BTD[:, :-1][learned])
+        total = cross_entropy(logits_NV.float(), input_ids[:, 1:][learned], reduction="sum")
+        return total, len(logits_NV)
 
     def _batches(self) -> Iterator[list[int]]:
         for epoch in range(self.epochs):
@@ -244,6 +290,8 @@ class Job:
     def _freeze(self) -> None:
         """The bottom's adapter stays in place and no gradient crosses any more."""
         self.down.detach = True
+        if not self.mode.activations.startswith("delta-"):  # which would change from epoch to epoch
+            self.answers = {}
         for index in self.bottom:
             for parameter in self.model.base_model.model.model.layers[index].parameters():
                 parameter.requires_grad_(False)

@@ -5,7 +5,6 @@ the same, and so is what is trained. B = batch, T = tokens of the longest text, 
 """
 
 import argparse
-from typing import Any
 
 import torch
 from benchmarks.modes_job import Job, Mode, recode_rows
@@ -23,7 +22,6 @@ class SideJob(Job):
     def __init__(self, arguments: argparse.Namespace, mode: Mode, seed: int) -> None:
         self._caught: dict[int, Tensor] = {}
         super().__init__(arguments, mode, seed)
-        self.inner: Any = self.model.base_model.model.model
         blocks = list(self.inner.layers)
         self.below_top = nn.ModuleList(blocks[: self.top.start])
         self.at_edge = nn.ModuleList([*blocks[: self.bottom.stop], *blocks[self.top.start :]])
@@ -39,7 +37,7 @@ class SideJob(Job):
         """The adapters and the ladder."""
         return super().parameters() + ([] if self.ladder is None else list(self.ladder.parameters()))
 
-    def logits(self, input_ids_BT: Tensor, keep_BT: Tensor) -> Tensor:
+    def hidden(self, input_ids_BT: Tensor, keep_BT: Tensor, rows: list[int] | None) -> Tensor:
         """First what crosses, from the bare backbone; then the edge's blocks, with the answer in between."""
         self.up.keep_BT = self.keep_BT = keep_BT
         self.inner.layers = self.below_top
@@ -47,8 +45,8 @@ class SideJob(Job):
             self.inner(input_ids=input_ids_BT, use_cache=False)
         self.frozen = dict(self._caught)
         self.inner.layers = self.at_edge
-        logits_BTV: Tensor = self.model(input_ids=input_ids_BT, use_cache=False).logits
-        return logits_BTV
+        hidden_BTD: Tensor = self.inner(input_ids=input_ids_BT, use_cache=False).last_hidden_state
+        return hidden_BTD
 
     def _cross(self, blocks: nn.ModuleList) -> None:
         trunk = range(self.bottom.stop, self.top.start)
