@@ -2,7 +2,6 @@
 
 import json
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +33,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 SIDE = {"taps": 2, "width": 16, "heads": 2}
 LAYERS = {"taps": 2, "width": 16, "heads": 2}
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    (path / "public.txt").write_text(TEXT, encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
-def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    place = tmp_path_factory.mktemp("cloud")
-    fit = ProjectionOptions(file=place / "p.safetensors", text=folder / "public.txt", size=4)
-    with InProcessCloud(folder, place, projection=fit) as running:
-        yield running
 
 
 def plain(cloud: InProcessCloud, cut: str = "2:2") -> tuple[PreTrainedModel, Stepper]:
