@@ -158,7 +158,10 @@ class Job:
         if arguments.validate:
             train, judged = train[:-NUM_VALIDATION], train[-NUM_VALIDATION:]
         self.train, self.eval = train[: arguments.limit], judged[: arguments.limit]
-        model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
+        attention = "eager" if arguments.device == "cpu" else "sdpa"  # whose bf16 is slow on CPUs
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            arguments.model, dtype=torch.float32, attn_implementation=attention
+        )
         model.to(self.device)
         blocks = model.model.layers
         num_blocks = len(blocks)
@@ -178,6 +181,9 @@ class Job:
         )
         self.model: Any = get_peft_model(model.eval(), config)
         self.inner: Any = self.model.base_model.model.model
+        for module in self.inner.layers.modules():  # once, where autocast would in every step
+            if isinstance(module, nn.Linear) and not module.weight.requires_grad:
+                module.to(torch.bfloat16)
         self.answers: dict[int, Tensor] | None = None  # of a frozen trunk, by row of the training data
         if mode.freeze_after == 0:
             self._freeze()
