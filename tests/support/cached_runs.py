@@ -91,6 +91,7 @@ def train_over(
     act: Callable[[int], None] = lambda rows: None,
     secret: bytes | None = b"s" * 32,
     tokenizer: PreTrainedTokenizerFast | None = None,
+    share_prefixes: bool = True,
 ) -> tuple[TrainResult, Crossing]:
     """Train; `act` hears how many steps have crossed after each."""
     crossing = Crossing()
@@ -108,7 +109,8 @@ def train_over(
             run,
             lambda: _Recorder(cloud.open_channel(run, recipe.cut), crossing),
             Codecs(**names),
-            max_tokens_per_step=4096,
+            max_tokens_per_step=cloud.card.limits.max_tokens_per_step,
+            share_prefixes=share_prefixes,
             on_row=on_row,
         )
         model = cloud.load_model(stepper, recipe.cut)

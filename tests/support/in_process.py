@@ -180,6 +180,7 @@ class InProcessCloud:
         policy: RetryPolicy = _NO_WAIT,
         on_retry: Callable[[str], None] = lambda line: None,
         numbers: Iterator[int] | None = None,
+        share_prefixes: bool = True,
     ) -> Stepper:
         """The edge's stepper over in-process channels, each with the same script of faults."""
 
@@ -195,6 +196,7 @@ class InProcessCloud:
             codecs,
             deltas=EdgeDeltas(codecs, delta_bytes) if delta else None,
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
+            share_prefixes=share_prefixes,
             on_row=on_row,
             on_retry=on_retry,
             policy=policy,

@@ -48,5 +48,6 @@ def make_card(
                 for sha256, projection in backbone.projections.items()
             ],
         ),
+        shared_prefixes=True,
         blobs=[pb.Blob(name=b.name, sha256=b.sha256, num_bytes=b.num_bytes) for b in backbone.blobs],
     )

@@ -24,6 +24,7 @@ from tightbeam.common.wire.codecs import codec
 from tightbeam.common.wire.delta_header import BASE, key_bytes
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.messages import Message, encode_tensor, sealed_sizes
+from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
 from tightbeam.common.wire.stepping import (
     GRADIENT,
     HIDDEN,
@@ -98,9 +99,11 @@ class StepRunner:
         names = [spec.name for spec in header.tensors]
         if names not in _TENSORS.get(header.kind, []):
             raise ProtocolError(f"A step of kind {header.kind} with tensors {names} is not understood.")
-        shape = [num_tokens, self._hidden_size]
+        prefixes = SharedPrefixes.read(header)
+        shape = [num_tokens if prefixes is None else prefixes.num_rows, self._hidden_size]
         if any(list(spec.shape) != shape for spec in header.tensors):
             raise ProtocolError(f"The tensors of a step of {num_tokens} tokens must have the shape {shape}.")
+        shape[0] = num_tokens  # what is computed on, whatever crossed
         self._admit_positions(header)
         self._deltas.admit(header)
         taps = self._tap_rules.check(header, span)
@@ -131,13 +134,16 @@ class StepRunner:
         """Compute and bill one step; gives the reply and its payloads. Raises what `Engine` raises."""
         self.require_open()
         header = message.header
-        segments = header_segments(header)
+        segments, prefixes = header_segments(header), SharedPrefixes.read(header)
+        rows = None if prefixes is None else await self._in_pool(prefixes.row_map, segments.positions_N)
         key = (session.session_id.hex(), session.run, header.step)
         delta = await self._in_pool(self._deltas.receive, (session.peer, session.run), message)
         content = message.payloads[0] if delta is None else delta.content
         sha256 = await self._in_pool(content_sha256, header, session.cut, content)
         if header.kind == pb.FORWARD:
             hidden_ND = await self._in_pool(message.tensor, HIDDEN) if delta is None else delta.hidden_ND
+            if rows is not None:
+                hidden_ND = await self._in_pool(rows.spread, hidden_ND)
             taps = self._tap_rules.check(header, span)
             done = await (
                 self._engine.forward(key, hidden_ND, segments, span, keep=header.keep)
@@ -148,7 +154,7 @@ class StepRunner:
             grad_ND = await self._in_pool(message.tensor, GRADIENT)
             inputs_ND = await self._in_pool(message.tensor, HIDDEN) if message.has(HIDDEN) else None
             done = await self._engine.backward(key, grad_ND, inputs_ND, segments, span)
-        coded = await self._encode(header, session, done, delta)
+        coded = await self._encode(header, session, done, delta, rows)
         payloads = [payload for _, payload in coded]
         reply = pb.StepReply(
             step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
@@ -161,15 +167,22 @@ class StepRunner:
         return reply, payloads
 
     async def _encode(
-        self, header: pb.StepRequest, session: Session, done: Done, delta: DeltaForward | None
+        self,
+        header: pb.StepRequest,
+        session: Session,
+        done: Done,
+        delta: DeltaForward | None,
+        rows: RowMap | None,
     ) -> list[tuple[pb.TensorSpec, Tensor]]:
-        """What goes back: the result, and taps that were asked for."""
+        """What goes back: the result, and taps that were asked for; of shared rows those of the first."""
         if delta is not None and delta.down is not None:
             run = session.peer, session.run
             return [await self._in_pool(self._deltas.answer, run, delta, done.tensor_ND, header.reply_codec)]
         name = HIDDEN if header.kind == pb.FORWARD else GRADIENT
         seed = rounding_seed(session.run, header.step)
         results = {name: done.tensor_ND} | {tap_name(block): t for block, t in done.taps.items()}
+        if rows is not None:
+            results = {name: rows.pick(tensor) for name, tensor in results.items()}
         return [
             await self._in_pool(encode_tensor, result, tensor, header.reply_codec, seed)
             for result, tensor in results.items()

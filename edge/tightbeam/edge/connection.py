@@ -253,6 +253,7 @@ class Cloud:
             codecs,
             deltas=self._deltas(codecs, delta_bytes),
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
+            share_prefixes=self.card.shared_prefixes,
             on_row=self._step_row,
             on_retry=self._on_retry,
             policy=self._policy,

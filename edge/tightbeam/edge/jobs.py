@@ -10,6 +10,7 @@ from tightbeam.common.backbone import Segments
 from tightbeam.common.costs.rows import Purpose, StepBytes, StepRow
 from tightbeam.common.errors import NonFiniteError
 from tightbeam.common.wire.messages import encode_tensor
+from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
 from tightbeam.common.wire.stepping import KINDS
 from tightbeam.edge.channel import Exchange
 from tightbeam.proto.backbone_pb2 import StepKind, StepReply, StepRequest, TensorSpec
@@ -44,14 +45,22 @@ class Job:
             run_lengths=counts,
         )
         self.payloads: list[Tensor] = []
+        self.row_map: RowMap | None = None  # None: every row crosses
         self.attempts = 0
         self.resent_bytes = 0
         self.codec_s = 0.0
         self.waited_s: float | None = None  # of a submitted step; others are waited for from start to end
 
+    def leave_out(self, prefixes: SharedPrefixes) -> None:
+        """Let rows that sequences share cross once; before any tensor is added."""
+        prefixes.write(self.header)
+        self.row_map = prefixes.row_map(self.segments.positions_N)
+
     def add(self, name: str, tensor_ND: Tensor, codec: str) -> None:
         """Code one tensor into the request."""
         with self.coding():
+            if self.row_map is not None:
+                tensor_ND = self.row_map.pick(tensor_ND)
             self.put(*encode_tensor(name, tensor_ND, codec, self.seed))
 
     def put(self, spec: TensorSpec, payload: Tensor) -> None:
@@ -90,6 +99,7 @@ class Job:
             kind=KINDS[self.kind],
             tokens=self.segments.num_tokens,
             segments=len(self.segments.lengths),
+            shared_tokens=0 if self.row_map is None else self.row_map.num_shared,
             bytes=billed,
             cloud_flops=reply.flops,
             codec_s=self.codec_s,

@@ -16,6 +16,7 @@ from tightbeam.common.config import Codecs
 from tightbeam.common.costs.rows import Purpose, StepRow
 from tightbeam.common.errors import ProtocolError, StepTooLargeError, UnknownBaseError, UnknownStepError
 from tightbeam.common.wire.delta import WHOLE
+from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
 from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, rounding_seed
 from tightbeam.edge.carrier import Carrier, Flight, RetryPolicy
 from tightbeam.edge.channel import Channel, Exchange
@@ -36,6 +37,7 @@ class Stepper:
         codecs: Codecs,
         *,
         max_tokens_per_step: int,
+        share_prefixes: bool = False,
         deltas: EdgeDeltas | None = None,
         on_row: Callable[[StepRow], None] = lambda row: None,
         on_retry: Callable[[str], None] = print,
@@ -46,7 +48,8 @@ class Stepper:
         self.deltas = deltas  # of activations in training; everything else is coded alone
         self.taps: Taps | None = None  # asked for with every forward that no backward follows
         self._carrier = Carrier(open_channel, policy or RetryPolicy(), on_retry)
-        self._max_tokens = max_tokens_per_step
+        self.max_tokens_per_step = max_tokens_per_step
+        self._share_prefixes = share_prefixes  # where the tokens are known; the cloud must understand it
         self._on_row = on_row
         # shared by all models of a run: a step key is never used twice; next() of a count is atomic
         self._numbers = itertools.count() if numbers is None else numbers
@@ -103,9 +106,24 @@ class Stepper:
             job.add(HIDDEN, inputs.hidden_ND, inputs.codec)
             return self._finish(job, GRADIENT)
 
-    def submit(self, hidden_ND: Tensor, segments: Segments, *, purpose: Purpose = "fill") -> Flight:
-        """Send a forward that no backward will follow and do not wait for it; see `collect`."""
+    def submit(
+        self,
+        hidden_ND: Tensor,
+        segments: Segments,
+        *,
+        purpose: Purpose = "fill",
+        input_ids_N: Tensor | None = None,
+    ) -> Flight:
+        """Send a forward that no backward will follow and do not wait for it; see `collect`.
+
+        With the tokens, rows that its sequences have in common cross once: they must follow from tokens and
+        positions alone, so nothing random may be below. Tokens themselves are not sent.
+        """
         job = self._forward_job(segments, False, purpose)
+        if self._share_prefixes and input_ids_N is not None:
+            prefixes = SharedPrefixes.find(input_ids_N, segments)
+            if prefixes is not None:
+                job.leave_out(prefixes)
         job.add(HIDDEN, finite(hidden_ND, "activations"), self.codecs.activations_up)
         return self._carrier.start(job)
 
@@ -115,7 +133,8 @@ class Stepper:
         exchange = self._carrier.exchange(flight.job, flight)
         flight.job.waited_s = time.perf_counter() - started_s
         rows = Answer.of(self._result(flight.job, exchange, HIDDEN), exchange, HIDDEN)
-        return replace(rows, taps=tuple(self._taps_of(exchange, flight.job)))
+        answer = replace(rows, taps=tuple(self._taps_of(exchange, flight.job)))
+        return answer if flight.job.row_map is None else answer.spread(flight.job.row_map)
 
     def close(self) -> None:
         """Close the channel."""
@@ -132,9 +151,10 @@ class Stepper:
                 yield Answer.of(tap_NP, exchange, name)
 
     def _forward_job(self, segments: Segments, keep: bool, purpose: Purpose) -> Job:
-        if segments.num_tokens > self._max_tokens:
+        if segments.num_tokens > self.max_tokens_per_step:
             raise StepTooLargeError(
-                f"A batch of {segments.num_tokens} tokens is over the cloud's limit of {self._max_tokens}.",
+                f"A batch of {segments.num_tokens} tokens is over the cloud's limit of "
+                f"{self.max_tokens_per_step}.",
                 cure="Lower train.batch_size or data.max_length.",
             )
         job = self._job(FORWARD, next(self._numbers), segments, purpose, keep=keep)
@@ -191,3 +211,9 @@ class Answer:
         """A decoded tensor of an exchange, and what of it crossed."""
         spec, payload = exchange.reply.coded(name)
         return cls(tensor_ND, spec.codec, payload)
+
+    def spread(self, row_map: RowMap) -> "Answer":
+        """The answer for every token, from that for the rows that crossed."""
+        payload = row_map.spread_payload(self.codec, self.payload, self.hidden_ND.shape[1])
+        taps = tuple(tap.spread(row_map) for tap in self.taps)
+        return Answer(row_map.spread(self.hidden_ND), self.codec, payload, taps)

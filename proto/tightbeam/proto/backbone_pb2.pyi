@@ -85,6 +85,7 @@ class Card(_message.Message):
     KEY_BUNDLE_FIELD_NUMBER: _builtins.int
     BLOBS_FIELD_NUMBER: _builtins.int
     TAP_OFFER_FIELD_NUMBER: _builtins.int
+    SHARED_PREFIXES_FIELD_NUMBER: _builtins.int
     protocol: _builtins.str
     """"tightbeam/1" """
     version: _builtins.str
@@ -99,6 +100,8 @@ class Card(_message.Message):
     """the trunk computes in this: float32, bfloat16, float16"""
     num_blocks: _builtins.int
     hidden_size: _builtins.int
+    shared_prefixes: _builtins.bool
+    """a forward may leave out rows that its sequences have in common"""
     @_builtins.property
     def cut_policy(self) -> Global___CutPolicy: ...
     @_builtins.property
@@ -137,10 +140,11 @@ class Card(_message.Message):
         key_bundle: Global___KeyBundle | None = ...,
         blobs: _abc.Iterable[Global___Blob] | None = ...,
         tap_offer: Global___TapOffer | None = ...,
+        shared_prefixes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cut_policy", b"cut_policy", "key_bundle", b"key_bundle", "limits", b"limits", "prices", b"prices", "tap_offer", b"tap_offer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "codecs", b"codecs", "config_json", b"config_json", "cut_policy", b"cut_policy", "dtype", b"dtype", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "key_bundle", b"key_bundle", "limits", b"limits", "model", b"model", "num_blocks", b"num_blocks", "prices", b"prices", "protocol", b"protocol", "tap_offer", b"tap_offer", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "codecs", b"codecs", "config_json", b"config_json", "cut_policy", b"cut_policy", "dtype", b"dtype", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "key_bundle", b"key_bundle", "limits", b"limits", "model", b"model", "num_blocks", b"num_blocks", "prices", b"prices", "protocol", b"protocol", "shared_prefixes", b"shared_prefixes", "tap_offer", b"tap_offer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -517,6 +521,8 @@ class StepRequest(_message.Message):
     SAMPLE_KEYS_FIELD_NUMBER: _builtins.int
     BASES_UP_FIELD_NUMBER: _builtins.int
     BASES_DOWN_FIELD_NUMBER: _builtins.int
+    PREFIX_OF_FIELD_NUMBER: _builtins.int
+    PREFIX_ROWS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
     kind: Global___StepKind.ValueType
     keep: _builtins.bool
@@ -548,6 +554,14 @@ class StepRequest(_message.Message):
     def taps(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """FORWARD without keep: blocks whose output comes back too, ascending"""
 
+    @_builtins.property
+    def prefix_of(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """FORWARD without keep: the first prefix_rows[i] rows of segment i are those of segment prefix_of[i] < i. They
+        do not cross, neither way: tensors hold the other rows only. Both empty: every row crosses.
+        """
+
+    @_builtins.property
+    def prefix_rows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
         self,
         *,
@@ -564,10 +578,12 @@ class StepRequest(_message.Message):
         sample_keys: _builtins.bytes = ...,
         bases_up: _builtins.bytes = ...,
         bases_down: _builtins.bytes = ...,
+        prefix_of: _abc.Iterable[_builtins.int] | None = ...,
+        prefix_rows: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bases_down", b"bases_down", "bases_up", b"bases_up", "keep", b"keep", "kind", b"kind", "lengths", b"lengths", "projection", b"projection", "reply_codec", b"reply_codec", "run_lengths", b"run_lengths", "run_starts", b"run_starts", "sample_keys", b"sample_keys", "step", b"step", "taps", b"taps", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bases_down", b"bases_down", "bases_up", b"bases_up", "keep", b"keep", "kind", b"kind", "lengths", b"lengths", "prefix_of", b"prefix_of", "prefix_rows", b"prefix_rows", "projection", b"projection", "reply_codec", b"reply_codec", "run_lengths", b"run_lengths", "run_starts", b"run_starts", "sample_keys", b"sample_keys", "step", b"step", "taps", b"taps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

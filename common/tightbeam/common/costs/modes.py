@@ -79,10 +79,15 @@ def predict(
     evaluation_tokens: int,
     measured_payload_bytes: int,
     fill_tokens: int = 0,
+    shared_tokens: int = 0,
     training_sequences: int = 0,
 ) -> Prediction:
-    """Say what so many tokens move, beside what was measured; a cache's cross as an evaluation's do."""
-    predicted = row.training * training_tokens + row.forward * (evaluation_tokens + fill_tokens)
+    """Say what so many tokens move, beside what was measured; a cache's cross as an evaluation's do.
+
+    Of these, `shared_tokens` do not cross: another sequence's rows are theirs.
+    """
+    crossing_once = evaluation_tokens + fill_tokens - shared_tokens
+    predicted = row.training * training_tokens + row.forward * crossing_once
     predicted += row.per_sequence * training_sequences
     return Prediction(
         bytes_per_training_token=row.training,
@@ -103,6 +108,8 @@ class _Job:
     num_evals: int
     forward_flops: int
     evaluation_flops: int
+    share_crossing: float
+    """Of the tokens of steps without a gradient; 1 where the run shared no rows."""
 
     @property
     def every_step(self) -> float:
@@ -113,6 +120,11 @@ class _Job:
     def tokens_once(self) -> float:
         """Tokens of training and evaluation data, each counted once."""
         return self.training_tokens / self.passes + self.evaluation_tokens / self.num_evals
+
+    @property
+    def rows_once(self) -> float:
+        """Of them, those whose rows cross."""
+        return self.tokens_once * self.share_crossing
 
     @property
     def flops_once(self) -> float:
@@ -150,8 +162,8 @@ def mode_costs(
     ran = _ran(edges[0])
     ushape = sum(job.every_step for job in jobs)
     ushape_flops = sum(2 * job.forward_flops + job.evaluation_flops for job in jobs)
-    top = sum(job.tokens_once * job.row.forward for job in jobs)
-    taps = sum(job.tokens_once * job.row.activations_down * NUM_TAPS * TAP_SHARE for job in jobs)
+    top = sum(job.rows_once * job.row.forward for job in jobs)
+    taps = sum(job.rows_once * job.row.activations_down * NUM_TAPS * TAP_SHARE for job in jobs)
     flops_once = sum(job.flops_once for job in jobs)
     others = [
         cost("ushape", ushape, ushape_flops, f"{_RULES['ushape']}; a backward taken as one forward's work"),
@@ -175,6 +187,9 @@ def _ran(edge: Edge) -> str:
 def _job(edge: Edge, passes: float) -> _Job:
     assert edge.hidden_size is not None
     training_tokens, evaluation_tokens = edge.training_tokens, edge.evaluation_tokens
+    shareable = edge.fill_tokens  # `ushape` itself shares nothing, only what follows its freeze
+    if edge.mode != "ushape":
+        shareable += training_tokens + evaluation_tokens
     forward_flops = edge.cloud_flops.get("forward", 0)
     evaluation_flops = edge.cloud_flops.get("evaluation", 0)
     if _ran(edge) in ("freeze", "top", "side"):
@@ -191,4 +206,5 @@ def _job(edge: Edge, passes: float) -> _Job:
         num_evals=max(len(edge.eval_loss), 1),
         forward_flops=forward_flops,
         evaluation_flops=evaluation_flops,
+        share_crossing=max(1 - edge.shared_tokens / max(shareable, 1), 0.0),
     )

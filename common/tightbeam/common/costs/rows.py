@@ -47,6 +47,7 @@ class StepRow:
     segments: int
     bytes: StepBytes
     cloud_flops: int
+    shared_tokens: int = 0  # edge: of `tokens` those whose rows crossed as an earlier sequence's
     codec_s: float = 0.0
     seal_s: float = 0.0
     network_s: float = 0.0  # edge: waiting for the reply, less the cloud's own two figures

@@ -83,6 +83,8 @@ class Edge(_Model):
     """That crossed in evaluations."""
     fill_tokens: int = 0
     """That crossed once for a cache, of training and evaluation data."""
+    shared_tokens: int = 0
+    """Of all these, tokens that did not cross themselves: their rows are those of another sequence's."""
     trained_tokens: int = 0
     """In the batches of all optimizer steps, whether they crossed or came from a cache."""
     evaluated_tokens: int = 0
@@ -105,6 +107,11 @@ class Edge(_Model):
     timeline: list[TimeBin]
     prediction: Prediction | None
     """None when the ledger does not say the model's hidden size."""
+
+    @property
+    def crossed_tokens(self) -> int:
+        """Rows that crossed, each pass counted."""
+        return self.training_tokens + self.evaluation_tokens + self.fill_tokens - self.shared_tokens
 
 
 class Total(_Model):

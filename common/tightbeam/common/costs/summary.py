@@ -4,7 +4,8 @@ A step key counts once. A row that repeats a key (a resumed run sent it again, a
 again) adds its seconds and its `resent_bytes`, not its bytes and operations.
 
 Steps that fill a cache are on their way while the edge computes. Only the seconds count in which the edge
-stood waiting for one, split as that step's own network, queue and compute; never more than the wall leaves.
+stood waiting for one, split as that step's own network, queue and compute. Neither these nor coding count for
+more than the wall leaves: a checkpoint, beside any optimizer step, takes in fills as well.
 """
 
 from collections.abc import Iterable, Sequence
@@ -90,6 +91,7 @@ def _edge(record: RunRecords, name: str, grid: "_Grid") -> Edge:
         evaluation_tokens=evaluation_tokens,
         fill_tokens=fill_tokens,
         trained_tokens=sum(row.tokens for row in optimizer_rows.values()),
+        shared_tokens=sum(row.shared_tokens for row in billed),
         evaluated_tokens=sum(row.tokens for row in {row.n: row for row in record.evals}.values()),
         sequences=sum(row.segments for kind in by_kind if kind != "backward" for row in by_kind[kind]),
         traffic=traffic,
@@ -134,7 +136,7 @@ def _seconds(record: RunRecords, kinds: dict[tuple[str, int, str], str]) -> Seco
     training = [row for row in record.steps if not in_evaluation(row)]
     wall = sum(row.wall_s for row in record.optimizer_steps)
     edge_compute = sum(row.edge_compute_s for row in record.optimizer_steps)
-    codec = sum(row.codec_s for row in training)
+    codec = min(sum(row.codec_s for row in training), max(wall - edge_compute, 0.0))
     in_turn = _waits(row for row in training if row.waited_s is None)
     overlapping = _waits(row for row in training if row.waited_s is not None)
     left = wall - edge_compute - codec - sum(in_turn.values())
@@ -197,6 +199,7 @@ def _prediction(record: RunRecords, by_kind: dict[str, list[StepRow]]) -> Predic
         training_tokens=tokens["backward"],
         evaluation_tokens=tokens["evaluation"] + tokens["forward"] - tokens["backward"],
         fill_tokens=tokens.get("fill", 0),
+        shared_tokens=sum(row.shared_tokens for rows in by_kind.values() for row in rows),
         training_sequences=sum(row.segments for row in by_kind["backward"]),
         measured_payload_bytes=sum(part.payload_up_bytes + part.payload_down_bytes for part in moved),
     )

@@ -43,7 +43,7 @@ def _column(edge: Edge) -> dict[str, str]:
     return {
         "evaluation loss": f"{losses[0]:.3f} \u2192 {losses[-1]:.3f}" if losses else "-",
         "training tokens": count_text(edge.trained_tokens),
-        "tokens crossed": count_text(edge.training_tokens + edge.evaluation_tokens + edge.fill_tokens),
+        "tokens crossed": count_text(edge.crossed_tokens),
         "steps up, wire": bytes_text(up),
         "steps down, wire": bytes_text(down),
         "payload predicted": bytes_text(prediction.predicted_payload_bytes) if prediction else "-",

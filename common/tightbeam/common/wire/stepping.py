@@ -35,13 +35,17 @@ def header_segments(header: StepRequest) -> Segments:
 
 
 def content_sha256(header: StepRequest, cut: str, payload: Tensor) -> bytes:
-    """What makes two requests with one step key the same: kind, cut, segments, taps, the step's own tensor.
+    """What makes two requests with one step key the same.
+
+    Kind, cut, segments, shared rows, taps, the step's own tensor.
 
     A backward that re-sends its inputs is the same request as one that does not.
     """
     digest = hashlib.sha256(f"{header.kind} {cut} {header.reply_codec} ".encode())
     for numbers in (header.lengths, header.run_starts, header.run_lengths):
         digest.update(torch.tensor(list(numbers), dtype=torch.int64).numpy().tobytes() + b"|")
+    if header.prefix_of:
+        digest.update(f"prefixes {list(header.prefix_of)} {list(header.prefix_rows)} ".encode())
     if header.taps:
         digest.update(f"taps {list(header.taps)} {header.projection} ".encode())
     digest.update(payload.numpy().data)

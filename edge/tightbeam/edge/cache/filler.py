@@ -96,14 +96,15 @@ class Filler:
         lengths = tuple(len(sample.input_ids) for sample in group)
         segments = Segments(lengths, torch.cat([torch.arange(n) for n in lengths]))
         parts = self._shortcut.parts
-        ids = [token for sample in group for token in sample.input_ids]
+        ids_N = torch.tensor([token for sample in group for token in sample.input_ids])
         hidden_ND, seen = self._shortcut.cut_activations(
-            input_ids=torch.tensor([ids], device=parts.device),
+            input_ids=ids_N[None].to(parts.device),
             position_ids=segments.positions_N[None].to(parts.device),
             segments=SegmentTable(segments, parts.device),
         )
         assert seen.lengths == lengths
-        self._flights.append((group, segments, parts.trunk.stepper.submit(hidden_ND, segments)))
+        flight = parts.trunk.stepper.submit(hidden_ND, segments, input_ids_N=ids_N)
+        self._flights.append((group, segments, flight))
 
     def _collect(self) -> None:
         group, segments, flight = self._flights.popleft()

@@ -133,8 +133,14 @@ class _Lookup:
     """One forward's samples and what the cache has of them."""
 
     segments: Segments
+    input_ids_N: Tensor
     digests: list[bytes]
     held: list[Tensor | None]  # [n, D] each
+
+    def is_of(self, segments: Segments) -> bool:
+        """Whether these are the lengths and positions that were looked up."""
+        same = torch.equal(segments.positions_N, self.segments.positions_N)
+        return segments.lengths == self.segments.lengths and same
 
 
 class TrunkShortcut:
@@ -193,12 +199,11 @@ class TrunkShortcut:
     def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
         """Hidden states after the trunk, `[N, D]` on the CPU."""
         lookup = self._lookup
-        if lookup is None:
+        if lookup is None or (self.cache is None and not lookup.is_of(segments)):
             stepper = self.parts.trunk.stepper
             return self.rows(stepper.collect(stepper.submit(hidden_ND, segments, purpose=_purpose())))
         # The key holds these positions: an activation of others must not pass for this sample's.
-        assert segments.lengths == lookup.segments.lengths
-        assert torch.equal(segments.positions_N, lookup.segments.positions_N)
+        assert lookup.is_of(segments)
         missing = [i for i, rows in enumerate(lookup.held) if rows is None]
         for i, rows in zip(missing, self._fetch(hidden_ND, lookup, missing), strict=True):
             lookup.held[i] = rows
@@ -212,7 +217,8 @@ class TrunkShortcut:
         part = Segments(tuple(stop - start for start, stop in places), lookup.segments.positions_N[index])
         stepper = self.parts.trunk.stepper
         part_ND = hidden_ND[index.to(hidden_ND.device)]
-        answer = stepper.collect(stepper.submit(part_ND, part, purpose=_purpose()))
+        ids_N = lookup.input_ids_N[index]
+        answer = stepper.collect(stepper.submit(part_ND, part, purpose=_purpose(), input_ids_N=ids_N))
         if self.cache is not None and torch.is_grad_enabled():
             self.keep(answer, part, [lookup.digests[i] for i in missing])
         rows: Sequence[Tensor] = self.rows(answer).to(self._dtype).split(list(part.lengths))
@@ -236,23 +242,22 @@ class TrunkShortcut:
             bypass.__exit__(None, None, None)
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Lookup | None:
-        """What the cache has for a forward; None when it cannot tell."""
-        if self.cache is None or self.parts.trunk.shortcut is not self:
+        """A forward's samples, and what the cache has of them; None when it cannot tell."""
+        if self.parts.trunk.shortcut is not self:
             return None
         inputs = _sample_inputs(args, kwargs)
         return None if inputs is None else self._look_up(*inputs)
 
     def _look_up(self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor) -> _Lookup:
         packer = Packer((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, positions_BT)
-        ids, segments = packer.pack(ids_BT[..., None]).flatten().tolist(), packer.segments
-        positions = segments.positions_N.tolist()
+        ids_N, segments = packer.pack(ids_BT[..., None]).flatten().cpu(), packer.segments
+        ids, positions = ids_N.tolist(), segments.positions_N.tolist()
         digests = [sample_digest(ids[a:b], positions[a:b]) for a, b in segments.bounds]
         held = [self._read(d, n) for d, n in zip(digests, segments.lengths, strict=True)]
-        return _Lookup(segments, digests, held)
+        return _Lookup(segments, ids_N, digests, held)
 
     def _read(self, digest: bytes, num_tokens: int) -> Tensor | None:
-        assert self.cache is not None
-        payload = self.cache.get(digest)
+        payload = None if self.cache is None else self.cache.get(digest)
         if payload is None:
             return None
         return self.unpack(payload, num_tokens).to(self._dtype)
