@@ -164,7 +164,7 @@ def test_a_device_that_is_too_small_leaves_and_without_anybody_the_run_ends(play
     scenario = playground.scenario(client={"device": device})
     with pytest.raises(FederationError, match="Every client has left"):
         playground.run(scenario)
-    assert "its device has 0 MB" in playground.rows(scenario, "client_round")[0]["reason"]
+    assert "its device has 0.01 MB" in playground.rows(scenario, "client_round")[0]["reason"]
 
 
 def _arriving(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

@@ -14,6 +14,7 @@ OK: dict[str, Any] = {
     "status": "ok",
     "reason": "",
     "loss": 12.3456,
+    "steps": 4,
     "wire_up_bytes": 123_456_789,
     "adapter_down_bytes": 1_000,
     "joules": 987_654.0,

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from support.federations import Playground
+from support.flower_count import FlowerCount
 from support.in_process import InProcessCloud
-from support.recounting import FlowerCount, Recount, leaves
+from support.recounting import Recount, differences, leaves
+from support.recounting_rows import Clients
 from tightbeam.common.costs import units
 from tightbeam.simulations.accounts import account
 from tightbeam.simulations.report import to_html, write_report
@@ -34,11 +36,11 @@ class Finished:
 
     scenario: Scenario
     folder: Path
-    address: str
+    sizes: dict[str, int]  # of the cloud's weights
     flower: FlowerCount
 
     def recount(self) -> dict[str, Any]:
-        return Recount(self.scenario, self.folder, self.address, self.flower).report()
+        return Recount(self.scenario, self.folder, self.sizes, self.flower).report()
 
     def report(self) -> dict[str, Any]:
         return account(self.folder, self.scenario).model_dump(mode="json")
@@ -52,24 +54,7 @@ def finished(
     scenario, flower = playground.scenario(**CHANGES), FlowerCount()
     playground.run_with(scenario, flower)
     write_report(scenario.folder, scenario)
-    return Finished(scenario, scenario.folder, federation_cloud.address, flower)
-
-
-def differences(report: dict[str, Any], recount: dict[str, Any]) -> list[str]:
-    """Paths that one of the two lacks, or at which they say different things."""
-    left, right = dict(leaves(report)), dict(leaves(recount))
-    wrong = [path for path in left.keys() ^ right.keys() if not path.endswith("/rule")]
-    for path in left.keys() & right.keys():
-        one, other = left[path], right[path]
-        if isinstance(one, int | float) and isinstance(other, int | float):
-            # what is computed for the alternatives is rounded to whole bytes and operations, then priced
-            spare = (0.51 if isinstance(one, int) else 1e-10) if "/alternatives/" in path else 1e-12
-            same = one == pytest.approx(other, rel=1e-9, abs=spare)
-        else:
-            same = one == other
-        if not same:
-            wrong.append(f"{path}: {one} is not {other}")
-    return sorted(wrong)
+    return Finished(scenario, scenario.folder, Clients.sizes_at(federation_cloud.address), flower)
 
 
 def test_every_figure_is_that_of_a_second_count(finished: Finished) -> None:
@@ -101,7 +86,7 @@ def plant(finished: Finished, folder: Path, kind: str, field: str) -> Finished:
     next(row for row in rows if row["row"] == kind and row.get("status", "ok") == "ok")[field] += 1
     (folder / "clients").symlink_to(finished.folder / "clients")
     (folder / "ledger.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return Finished(finished.scenario, folder, finished.address, finished.flower)
+    return Finished(finished.scenario, folder, finished.sizes, finished.flower)
 
 
 @pytest.mark.parametrize("kind", ["client_round", "client_eval"])

@@ -38,7 +38,7 @@ def test_the_sum_through_the_masks_is_the_mean_in_the_open(signed: Signed, name:
             assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)
     row = signed.playground.rows(masked, "round")[0]
     assert row["relative_error"] is None
-    assert row["notes"][0].startswith("secure: ")
+    assert row["secure_bytes"] > 0
 
 
 def test_what_is_not_shared_is_in_no_sum(signed: Signed) -> None:

@@ -80,10 +80,11 @@ class Playground:
         run_scenario(scenario, resume=resume, shape=shape, console=Console(file=text, width=300))
         return text.getvalue()
 
-    def run_with(self, scenario: Scenario, client: ClientCall) -> str:
+    def run_with(self, scenario: Scenario, client: ClientCall, *, shape: bool = False) -> str:
         """Run it with another client app, without a report."""
-        text = io.StringIO()
-        run_apps(scenario, self.address, None, console=Console(file=text, width=300), client_app=client)
+        text, identities = io.StringIO(), scenario.cloud.identities
+        console = Console(file=text, width=300)
+        run_apps(scenario, self.address, identities, console=console, client_app=client, shape=shape)
         return text.getvalue()
 
     @staticmethod

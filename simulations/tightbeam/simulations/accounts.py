@@ -4,14 +4,14 @@ Every figure is a sum of ledger rows, or follows from sums (see `alternatives`).
 """
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import DataError
-from tightbeam.simulations.alternatives import Job, alternatives
+from tightbeam.simulations.alternatives import alternatives
+from tightbeam.simulations.job import job_of
 from tightbeam.simulations.journal import Row, slow_clients
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 from tightbeam.simulations.schema import (
@@ -49,7 +49,6 @@ def account(
     work = [row for row in rows if row["row"] in _WORK]
     evaluations = _evaluations(rows)
     reached = [e for e in evaluations if scenario.target_loss is not None and e.loss <= scenario.target_loss]
-    total = Costs.of(work, prices)
     return FederationAccount(
         name=scenario.output.name,
         model=first["backbone"]["model"],
@@ -62,11 +61,11 @@ def account(
         evaluations=evaluations,
         absences=_absences(work),
         lines=_lines(scenario, work) if first.get("shaped") else [],
-        total=total,
+        total=Costs.of(work, prices),
         virtual_s=sum(row["virtual_s"] for row in rows if row["row"] in ("round", "evaluation")),
         target_loss=scenario.target_loss,
         reached_target=reached[0] if reached else None,
-        alternatives=alternatives(_job(scenario, first["backbone"], work, total), prices),
+        alternatives=alternatives(job_of(scenario, first["backbone"], work), prices),
         prices=prices,
     )
 
@@ -129,6 +128,7 @@ def _round(row: Row, work: Sequence[Row], prices: Prices) -> RoundAccount:
         loss=row["loss"],
         relative_error=row["relative_error"],
         epsilon=row.get("epsilon"),
+        secure_bytes=row.get("secure_bytes", 0),
         virtual_s=row["virtual_s"],
         median_s=statistics.median(took.values()) if took else None,
         slow=slow_clients(took),
@@ -197,44 +197,12 @@ def _evaluations(rows: Sequence[Row]) -> list[Evaluation]:
             worst, best = (max(of, key=of.__getitem__), min(of, key=of.__getitem__)) if of else (None, None)
             found.append(
                 Evaluation(
-                    **figures, worst_client=worst, best_client=best, virtual_s=virtual_s, moved_bytes=moved
+                    **figures,
+                    worst_client=worst,
+                    best_client=best,
+                    virtual_s=virtual_s,
+                    moved_bytes=moved,
+                    secure_bytes=row.get("secure_bytes", 0),
                 )
             )
     return found
-
-
-def _job(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row], total: Costs) -> Job:
-    trained = [row for row in work if row["row"] == "client_round"]
-    evaluated = [row for row in work if row["row"] == "client_eval"]
-    payload = sum(row.get("payload_up_bytes", 0) + row.get("payload_down_bytes", 0) for row in work)
-    ranks = [profile.options.r for profile in scenario.profiles()]
-    shared_blocks = {profile.name: profile.options.shared_blocks for profile in scenario.profiles()}
-    blocks = sum(shared_blocks[row["client"]] for row in trained)
-    return Job(
-        training_tokens=sum(row.get("tokens", 0) for row in trained),
-        evaluation_tokens=sum(row.get("tokens", 0) for row in evaluated),
-        passes=_passes(scenario, trained),
-        exchanges=len(trained) + len(evaluated),
-        participants=len({row["client"] for row in work}),
-        adapter_bytes_per_block=sum(row["adapter_down_bytes"] for row in trained) / max(blocks, 1),
-        mean_rank=sum(ranks) / len(ranks),
-        wire_ratio=total.activation_bytes / payload if payload else 1.0,
-        joules_per_flop=total.joules / total.edge_flops if total.edge_flops else 0.0,
-        hidden_size=backbone["hidden_size"],
-        num_blocks=backbone["num_blocks"],
-        dtype=backbone["dtype"],
-        weight_bytes=backbone["weight_bytes"],
-        measured_bytes=(total.activation_bytes, total.adapter_bytes, total.weight_bytes),
-        measured_flops=(total.edge_flops, total.cloud_flops),
-        train_exchanges=len(trained),
-    )
-
-
-def _passes(scenario: Scenario, trained: Sequence[Row]) -> float:
-    """How often an example was seen, on average over the clients that took part; at least once."""
-    seen: dict[str, float] = {}
-    for row in trained:
-        if row.get("examples"):
-            share = row["steps"] * scenario.train.batch_size / row["examples"]
-            seen[row["client"]] = seen.get(row["client"], 0.0) + share
-    return max(sum(seen.values()) / len(seen), 1.0) if seen else 1.0

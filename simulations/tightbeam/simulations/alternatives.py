@@ -7,18 +7,16 @@ The same tokens, the same rounds and clients, and one of:
     ushape           split as it was, with another codec
     top, cached      no adapter below the trunk: an example crosses once, then a cache serves it
 
-A token's training takes 4 operations per weight (forward and input gradient of frozen weights) and its
-evaluation 2; attention's products are left out.
+Where operations were not counted, a token's training takes 4 per weight (forward and input gradient of frozen
+weights) and its evaluation 2; attention's products are left out.
 """
-
-from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from tightbeam.common.costs.modes import TokenBytes
 from tightbeam.common.costs.prices import Prices
+from tightbeam.simulations.job import Job
 
-__all__ = ["FLOWERTUNE_BUDGET_MB", "Alternative", "Job", "alternatives"]
+__all__ = ["FLOWERTUNE_BUDGET_MB", "Alternative", "alternatives"]
 
 FLOWERTUNE_BUDGET_MB = 200_000
 """FlowerTune's limit for adapters, both directions, in MB of 2**20 bytes."""
@@ -45,40 +43,6 @@ class Alternative(BaseModel):
     def moved_bytes(self) -> int:
         """Everything."""
         return self.activation_bytes + self.adapter_bytes + self.weight_bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What every alternative has to do."""
-
-    training_tokens: int
-    evaluation_tokens: int
-    passes: float  # how often an example is seen
-    exchanges: int  # messages with an adapter down
-    train_exchanges: int  # of them, those with one up
-    participants: int
-    adapter_bytes_per_block: float
-    mean_rank: float
-    wire_ratio: float  # wire over payload bytes
-    joules_per_flop: float
-    hidden_size: int
-    num_blocks: int
-    dtype: str
-    weight_bytes: int  # of the whole backbone
-    measured_bytes: tuple[int, int, int]  # activations, adapters, weights
-    measured_flops: tuple[int, int]  # edge, cloud
-
-    @property
-    def weights(self) -> int:
-        """Elements of the whole backbone."""
-        return self.weight_bytes // (4 if self.dtype == "float32" else 2)
-
-    def payload(self, codec: str, *, gradients: bool, passes: float = 1.0) -> float:
-        """Payload bytes of all steps."""
-        names = ("activations_up", "activations_down", "gradients_up", "gradients_down")
-        row = TokenBytes.of(self.hidden_size, dict.fromkeys(names, codec))
-        per_token = row.training if gradients else row.forward
-        return self.training_tokens / passes * per_token + self.evaluation_tokens * row.forward
 
 
 def alternatives(job: Job, prices: Prices) -> list[Alternative]:
@@ -110,12 +74,14 @@ def alternatives(job: Job, prices: Prices) -> list[Alternative]:
 
     all_flops = job.weights * (4 * job.training_tokens + 2 * job.evaluation_tokens)
     whole_adapters = job.adapter_bytes_per_block * job.num_blocks * (job.exchanges + job.train_exchanges)
-    texts = (job.training_tokens / job.passes + job.evaluation_tokens) * _TEXT_BYTES_PER_TOKEN
-    _, adapters, weights = job.measured_bytes
+    weights = job.measured_bytes[2]
     found = [
         cost("as it was", job.measured_bytes, job.measured_flops, "measured", measured=True),
         cost(
-            "central LoRA", (texts, 0, 0), (0, all_flops), "the texts leave the edges: 4 bytes a token, once"
+            "central LoRA",
+            (job.tokens_once * _TEXT_BYTES_PER_TOKEN, 0, 0),
+            (0, all_flops),
+            "the texts leave the edges: 4 bytes a token, once",
         ),
         cost(
             "whole model at the edge",
@@ -125,11 +91,11 @@ def alternatives(job: Job, prices: Prices) -> list[Alternative]:
         ),
     ]
     for codec in ("fp32", "bf16", "int8"):
-        payload = job.payload(codec, gradients=True) * job.wire_ratio
+        moved = job.wire_bytes(codec, *job.every_step), job.adapter_bytes, weights
         rule = "4d per token of training, 2d of evaluation"
-        found.append(cost(f"ushape, {codec}", (payload, adapters, weights), job.measured_flops, rule))
-    payload = job.payload("bf16", gradients=False, passes=job.passes) * job.wire_ratio
-    flops = (job.measured_flops[0], job.measured_flops[1] / 2 / job.passes)
-    rule = "2d per token, each example once; no adapter below the trunk"
-    found.append(cost("top, bf16, cached", (payload, adapters, weights), flops, rule))
+        found.append(cost(f"ushape, {codec}", moved, job.ushape_flops, rule))
+    moved = job.wire_bytes("bf16", job.tokens_once), job.adapter_bytes, weights
+    flops = job.ushape_flops[0], job.once_cloud_flops
+    rule = "2d per token, each example once; no adapter below the trunk; edge work at most as in ushape"
+    found.append(cost("top, bf16, cached", moved, flops, rule))
     return found

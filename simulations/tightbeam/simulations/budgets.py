@@ -16,15 +16,6 @@ __all__ = ["Plan", "Spent", "choose_codec", "codec_text"]
 _FRAMING = 1.02  # wire over payload bytes: an estimate from above, for messages of usual size
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What a client has spent in earlier rounds."""
-
-    mb: float
-    joules: float
-    money: float
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What the next round will take with one codec, known before it begins."""
@@ -50,6 +41,21 @@ class Plan:
         return self.tokens * per_token * _FRAMING + self.adapter_bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What a client has spent in earlier rounds."""
+
+    mb: float
+    joules: float
+    money: float
+
+    def after(self, plan: Plan, codecs: Codecs) -> "Spent":
+        """What it will have spent when the plan is done, too."""
+        moved = plan.wire_bytes(codecs)
+        bill = Prices().bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
+        return Spent(self.mb + moved / 1e6, self.joules + plan.joules, self.money + bill.total)
+
+
 def choose_codec(
     options: ClientSection, plan_for: Callable[[Codecs], Plan], spent: Spent
 ) -> tuple[Codecs | None, str]:
@@ -59,12 +65,8 @@ def choose_codec(
     """
     refusal = ""
     for codecs in (options.codec, *(Codecs.model_validate(name) for name in options.budget.degrade)):
-        plan = plan_for(codecs)
-        moved = plan.wire_bytes(codecs)
-        bill = Prices().bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
-        over = options.budget.exceeded_by(
-            spent.mb + moved / 1e6, spent.joules + plan.joules, spent.money + bill.total
-        )
+        then = spent.after(plan_for(codecs), codecs)
+        over = options.budget.exceeded_by(then.mb, then.joules, then.money)
         if not over:
             return codecs, refusal
         refusal = over

@@ -76,11 +76,11 @@ class FederationProgress:
         self._show()
 
     def on_reply(self, partition: int, metrics: Mapping[str, Any]) -> None:
-        """A client is done; `metrics` are empty when it failed."""
+        """A client is done; `metrics` have no steps when it failed."""
         line = self.lines[self._names[partition]]
         if line.doing == "training" and "loss" in metrics:
             line.loss = float(metrics["loss"])
-        line.doing = "done" if metrics else ""
+        line.doing = "done" if "steps" in metrics else ""
         self.replies += 1
         self._show()
 

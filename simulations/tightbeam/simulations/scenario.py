@@ -376,6 +376,10 @@ class Scenario(Section):
         """Every client with what it has."""
         owners = [name for name, group in self.groups.items() for _ in range(group.clients)]
         owners += [""] * (self.clients - len(owners))
+    def evaluated_after(self, number: int) -> bool:
+        """Whether there is an evaluation after round `number`; 0 is before the first."""
+        return number in (0, self.rounds) or (self.eval_every > 0 and number % self.eval_every == 0)
+
         width = max(len(str(self.clients - 1)), 2)
         return [
             ClientProfile(number, f"client-{number:0{width}d}", owner, self._options(owner))

@@ -110,6 +110,7 @@ class RoundAccount(_Model):
     loss: float | None
     relative_error: float | None
     epsilon: float | None = None  # of all rounds up to this one; None without privacy
+    secure_bytes: int  # keys, shares, consent and unmasking, both directions; 0 in the open
     virtual_s: float
     median_s: float | None  # virtual seconds of the median client; None when nobody worked
     slow: dict[str, float]  # clients that took over 1.5 times the median, and how many times
@@ -131,6 +132,7 @@ class Evaluation(_Model):
     best_client: str | None
     virtual_s: float  # up to and with it: rounds and evaluations, weights fetched at the first
     moved_bytes: int  # the same
+    secure_bytes: int  # of this one's sum, as in a round
 
 
 class ClientAccount(_Model):

@@ -23,7 +23,7 @@ from tightbeam.common.config import (
     TrainSection,
 )
 from tightbeam.common.costs.meter import peak_memory_bytes
-from tightbeam.common.costs.rows import StepBytes, StepRow
+from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import NonFiniteError
 from tightbeam.edge.data import IGNORED, Example, collate
 from tightbeam.edge.federation.adapter import SplitAdapter
@@ -78,16 +78,6 @@ class Work:
     memory_bytes: int = 0  # the most that this process has held
     rows: list[StepRow] = field(default_factory=list)
 
-    @property
-    def moved(self) -> StepBytes:
-        """Bytes of all steps."""
-        return sum((row.bytes for row in self.rows), StepBytes())
-
-    @property
-    def cloud_flops(self) -> int:
-        """Operations that the cloud counted."""
-        return sum(row.cloud_flops for row in self.rows)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workplace:
@@ -110,6 +100,15 @@ class Workplace:
         with self._mode(task, train=examples) as mode:
             filling = mode.filling_flops(mode.crossing(_flat(examples, task)))
             return filling + sum(mode.flops(self._batch(batch)) for batch in _batches(examples, task))
+
+    @torch.no_grad()
+    def planned_evaluation(self, examples: Sequence[Example], batch_size: int) -> tuple[int, int]:
+        """Tokens that `evaluate` will send, and operations that it will take at the edge."""
+        with self._mode(_no_steps(batch_size), held_out=examples) as mode:
+            crossing = mode.crossing(examples)
+            flops = mode.filling_flops(crossing)
+            flops += sum(mode.flops(self._batch(batch)) for batch in _by_length(examples, batch_size))
+        return sum(len(example.input_ids) for example in crossing), flops
 
     def train(self, examples: Sequence[Example], task: LocalTask, rows: list[StepRow]) -> Work:
         """Run the task's steps; `rows` is where the connection puts the accounts of its steps.
@@ -144,13 +143,12 @@ class Workplace:
     def evaluate(self, examples: Sequence[Example], batch_size: int, rows: list[StepRow]) -> Work:
         """Mean loss over all learned tokens of the examples."""
         began_s, work = time.perf_counter(), Work(rows=rows)
-        by_length = sorted(examples, key=lambda example: len(example.input_ids))  # little padding
-        with self._mode(_no_steps(batch_size), held_out=by_length) as mode:
-            work.edge_flops = mode.filling_flops(mode.crossing(by_length))
+        with self._mode(_no_steps(batch_size), held_out=examples) as mode:
+            work.edge_flops = mode.filling_flops(mode.crossing(examples))
             mode.before_evaluation()
             self.lent.model.eval()
-            for start in range(0, len(by_length), batch_size):
-                batch = self._batch(by_length[start : start + batch_size])
+            for batch_of_examples in _by_length(examples, batch_size):
+                batch = self._batch(batch_of_examples)
                 _count(work, batch, float(mode.loss(batch)))
                 work.edge_flops += mode.flops(batch)
         return self._finish(work, began_s)
@@ -216,6 +214,12 @@ def _no_steps(batch_size: int) -> LocalTask:
         steps=1, batch_size=batch_size, lr=1.0, optimizer="sgd", max_grad_norm=0, proximal=0,
         first_step=0, order_seed=0, dropout_seed=0,
     )  # fmt: skip
+
+def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+    """Batches with little padding."""
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
 
 
 def _batches(examples: Sequence[Example], task: LocalTask) -> list[list[Example]]:

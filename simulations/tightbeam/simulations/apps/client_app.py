@@ -16,14 +16,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.federation import LoraAdapter, parse_adapter
 from tightbeam.edge.federation import Lender, LocalTask
-from tightbeam.simulations.apps.figures import backbone_facts, figures_of, weight_bytes_of
+from tightbeam.simulations.apps.figures import backbone_facts, counted, figures_of, weight_bytes_of
 from tightbeam.simulations.apps.limits import affordable_codec, require_memory
 from tightbeam.simulations.apps.participant import Client, Leaving
 from tightbeam.simulations.apps.privacy import clipped_reply
@@ -40,14 +40,14 @@ _LENDER = Lender()  # one per process: its models serve every client that this p
 
 def _answer(message: Message, context: Context, work: Callable[[Client], RecordDict]) -> Message:
     """Do the work and reply; what goes wrong is a reply too."""
-    name = f"node {context.node_id}"
+    name, rows = f"node {context.node_id}", list[StepRow]()
     try:
         settings = Settings.of(context.run_config)
         profile = settings.profile(context.node_config)
         name = profile.name
         if settings.scenario.threads is not None:
             torch.set_num_threads(settings.scenario.threads)
-        content = work(Client(settings, profile, dict(context.node_config)))
+        content = work(Client(settings, profile, dict(context.node_config), rows))
     except Leaving as leaving:
         content = _notes(client=name, status=leaving.status, reason=str(leaving))
     except (TightbeamError, OSError, RuntimeError, ValueError) as error:  # torch raises the last two
@@ -55,6 +55,9 @@ def _answer(message: Message, context: Context, work: Callable[[Client], RecordD
         reason = text if isinstance(error, TightbeamError) else f"{type(error).__name__}: {text}"
         code = error.code if isinstance(error, TightbeamError) else "internal"
         content = _notes(client=name, status="failed", reason=reason, code=code)
+        if rows:  # what it moved before it failed was moved
+            content.config_records["notes"]["run"] = rows[0].run
+            content.metric_records["metrics"] = MetricRecord({**counted(rows)})
     return Message(content=content, reply_to=message)
 
 
@@ -91,7 +94,7 @@ def layers(message: Message, context: Context) -> Message:
     """Name the tensors that this client shares, with their shapes, and which layers are below its cut."""
 
     def work(client: Client) -> RecordDict:
-        with client.cloud(f"layers-{uuid.uuid4().hex[:8]}", []) as cloud:
+        with client.cloud(f"layers-{uuid.uuid4().hex[:8]}") as cloud:
             lent = _LENDER.lend(cloud, client.shape(), client.profile.options.codec)
             shared = lent.shared(client.profile.options.share)
             shapes = {name: shape for name, shape in lent.layers().items() if name in shared}
@@ -121,17 +124,17 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
     number = int(str(config["server-round"]))
     if client.draw("dropout", number).random() < scenario.faults.dropout:
         raise Leaving("dropped", "It vanished, as faults.dropout asks.")
-    run, rows = f"{client.profile.name}-r{number}-{uuid.uuid4().hex[:8]}", list[StepRow]()
-    with client.cloud(run, rows) as cloud:
-        learn, _ = client.examples(cloud, _LENDER)
+    run = f"{client.profile.name}-r{number}-{uuid.uuid4().hex[:8]}"
+    with client.cloud(run) as cloud:
+        learn, held_out = client.examples(cloud, _LENDER)
         lent, task = _LENDER.lend(cloud, client.shape(), client.profile.options.codec), _task(client, number)
         require_memory(client, lent)
         arrays, folded = _received(content)
         lent.wear(client.complete(lent, arrays, number), folded)
         try:
-            codec = affordable_codec(client, cloud, _LENDER, learn, task, content)
+            codec = affordable_codec(client, cloud, _LENDER, (learn, held_out), task, content)
             place = client.workplace(cloud, _LENDER, codec, frozen=client.frozen_after(number - 1))
-            work = place.train(learn, task, rows)
+            work = place.train(learn, task, client.rows)
             trained = lent.arrays(only_B=task.only_B)
             handed_in = arrays.keys() & trained.keys() - (lent.below if place.frozen else frozenset())
             # In the order that they came in: Flower's FedAvgM pairs arrays by position.
@@ -159,16 +162,16 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
 
 
 def _evaluate(client: Client, context: Context, content: RecordDict) -> RecordDict:
-    config, rows = content.config_records["config"], list[StepRow]()
-    run = f"{client.profile.name}-e{int(str(config['server-round']))}-{uuid.uuid4().hex[:8]}"
-    with client.cloud(run, rows) as cloud:
+    number = int(str(content.config_records["config"]["server-round"]))
+    run = f"{client.profile.name}-e{number}-{uuid.uuid4().hex[:8]}"
+    with client.cloud(run) as cloud:
         _, held_out = client.examples(cloud, _LENDER)
-        options, number = client.profile.options, int(str(config["server-round"]))
+        options = client.profile.options
         place = client.workplace(cloud, _LENDER, options.codec, frozen=client.frozen_after(number))
         arrays, folded = _received(content)
         place.lent.wear(client.complete(place.lent, arrays, number + 1), folded)
         try:
-            work = place.evaluate(held_out, client.scenario.train.batch_size, rows)
+            work = place.evaluate(held_out, client.scenario.train.batch_size, client.rows)
             if options.share != "all" or options.mode == "side":
                 place.lent.save(client.folder / "adapter")
         finally:

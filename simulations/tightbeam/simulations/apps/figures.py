@@ -1,16 +1,18 @@
 """What a client tells of its work beside the adapter: bytes, operations, and what profiles make of them."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from flwr.app import RecordDict
 
+from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.edge.connection import Cloud
 from tightbeam.edge.federation import Work, held_bytes
 from tightbeam.simulations.apps.participant import Client
 from tightbeam.simulations.profiles import steps_seconds
 
-__all__ = ["backbone_facts", "cloud_flops", "figures_of", "weight_bytes_of"]
+__all__ = ["backbone_facts", "cloud_flops", "counted", "figures_of", "weight_bytes_of"]
 
 
 def cloud_flops(cloud: Cloud, cut: str, tokens: int, *, gradients: bool) -> int:
@@ -42,11 +44,24 @@ def _blobs(cloud: Cloud) -> dict[str, int]:
     return {blob.name: blob.num_bytes for blob in cloud.card.blobs}
 
 
+def counted(rows: Sequence[StepRow]) -> dict[str, int | float]:
+    """What the edge counted of these steps, however they ended."""
+    moved = sum((row.bytes for row in rows), StepBytes())
+    return {
+        "tokens": sum(row.tokens for row in rows if row.kind == "forward"),
+        "payload-up-bytes": moved.payload_up_bytes,
+        "payload-down-bytes": moved.payload_down_bytes,
+        "wire-up-bytes": moved.wire_up_bytes,
+        "wire-down-bytes": moved.wire_down_bytes,
+        "cloud-flops": sum(row.cloud_flops for row in rows),
+    }
+
+
 def figures_of(
     client: Client, content: RecordDict, work: Work, up_bytes: int, weight_bytes: int, slow: float
 ) -> dict[str, int | float]:
     """What the report is made of; seconds without `virtual` are this machine's own."""
-    options, moved = client.profile.options, work.moved
+    options = client.profile.options
     first = bool(content.config_records["config"]["first"])
     down_bytes = sum(record.count_bytes() for record in content.array_records.values())
     compute_s = options.device.seconds(work.edge_flops)
@@ -55,17 +70,13 @@ def figures_of(
     steps_s = steps_seconds(options.network, work.rows, client.scenario.cloud.gflops)
     line_s = steps_seconds(options.network, work.rows, math.inf)  # of them, for the network
     return {
+        **counted(work.rows),
         "loss": work.loss,
         "steps": work.steps,
-        "tokens": work.tokens,
+        "tokens": work.tokens,  # whether they crossed or not
         "learned-tokens": work.learned_tokens,
-        "payload-up-bytes": moved.payload_up_bytes,
-        "payload-down-bytes": moved.payload_down_bytes,
-        "wire-up-bytes": moved.wire_up_bytes,
-        "wire-down-bytes": moved.wire_down_bytes,
         "weight-bytes": weight_bytes * first,
         "edge-flops": work.edge_flops,
-        "cloud-flops": work.cloud_flops,
         "wall-s": work.wall_s,
         "edge-s": work.edge_s,
         "network-s": sum(row.network_s for row in work.rows),

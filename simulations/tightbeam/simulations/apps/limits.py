@@ -5,7 +5,7 @@ from flwr.app import RecordDict
 from tightbeam.common.config import Codecs
 from tightbeam.edge.connection import Cloud
 from tightbeam.edge.data import Example
-from tightbeam.edge.federation import Lender, LocalTask, SplitAdapter
+from tightbeam.edge.federation import Lender, LocalTask, SplitAdapter, Workplace
 from tightbeam.edge.side import side_of
 from tightbeam.simulations.apps.figures import cloud_flops
 from tightbeam.simulations.apps.participant import Client, Leaving
@@ -20,7 +20,7 @@ def require_memory(client: Client, lent: SplitAdapter) -> None:
     limit_mb = client.profile.options.device.memory_mb
     if needed_mb > limit_mb:
         raise Leaving(
-            "left", f"Weights and optimizer need {needed_mb:.0f} MB; its device has {limit_mb:.0f} MB."
+            "left", f"Weights and optimizer need {needed_mb:.3g} MB; its device has {limit_mb:.3g} MB."
         )
 
 
@@ -28,39 +28,50 @@ def affordable_codec(
     client: Client,
     cloud: Cloud,
     lender: Lender,
-    examples: list[Example],
+    examples: tuple[list[Example], list[Example]],
     task: LocalTask,
     content: RecordDict,
 ) -> Codecs:
     """The codec of this round: the client's own, or a smaller one that its budget still allows.
 
-    Its adapter must be worn. Raises `Leaving` when none fits.
+    What the evaluation after the round will take, if there is one, is set aside. `examples` are those that it
+    learns from and those held out; its adapter must be worn. Raises `Leaving` when no codec fits.
     """
     config, options = content.config_records["config"], client.profile.options
     if not options.budget.limited:
         return options.codec
-    frozen = client.frozen_after(int(str(config["server-round"])) - 1)
-    gradients = options.mode == "ushape" and not frozen
+    learn, held_out = examples
+    number = int(str(config["server-round"]))
+    adapter_bytes = content.array_records["arrays"].count_bytes()
 
-    def plan_for(codecs: Codecs) -> Plan:
-        place = client.workplace(cloud, lender, codecs, frozen=frozen)
-        flops, tokens = place.planned_flops(examples, task), place.plan_tokens(examples, task)
+    def plan(place: Workplace, tokens: int, flops: int, adapter_bytes: int, *, gradients: bool) -> Plan:
         side = side_of(place.lent.model)
         return Plan(
             tokens=tokens,
             hidden_size=cloud.card.hidden_size,
             dtype=cloud.card.dtype,
             gradients=gradients,
-            # down, up, and down again: to be asked once more costs even those who then leave
-            adapter_bytes=3 * content.array_records["arrays"].count_bytes(),
+            adapter_bytes=adapter_bytes,
             joules=options.device.seconds(flops) * options.device.watts,
             cloud_flops=cloud_flops(cloud, options.cut, tokens, gradients=gradients),
             taps=len(side.plan.taps) if side else 0,
             tap_size=side.plan.tap_size if side else 0,
         )
 
+    def round_with(codecs: Codecs) -> Plan:
+        frozen = client.frozen_after(number - 1)
+        place = client.workplace(cloud, lender, codecs, frozen=frozen)
+        flops, tokens = place.planned_flops(learn, task), place.plan_tokens(learn, task)
+        gradients = options.mode == "ushape" and not frozen
+        # down, up, and down again: to be asked once more costs even those who then leave
+        return plan(place, tokens, flops, 3 * adapter_bytes, gradients=gradients)
+
     spent = Spent(*(float(str(config[f"spent-{unit}"])) for unit in ("mb", "joules", "money")))
-    codec, refusal = choose_codec(options, plan_for, spent)
+    if client.scenario.evaluated_after(number):
+        place = client.workplace(cloud, lender, options.codec, frozen=client.frozen_after(number))
+        evaluation = place.planned_evaluation(held_out, client.scenario.train.batch_size)
+        spent = spent.after(plan(place, *evaluation, adapter_bytes, gradients=False), options.codec)
+    codec, refusal = choose_codec(options, round_with, spent)
     if codec is None:
         raise Leaving("left", f"Its budget would be exceeded: {refusal}.")
     return codec

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ class Client:
     settings: Settings
     profile: ClientProfile
     node_config: dict[str, Any]
+    rows: list[StepRow] = field(default_factory=list)  # accounts of its steps in this message
 
     @property
     def scenario(self) -> Scenario:
@@ -112,7 +113,7 @@ class Client:
         return random.Random(f"{self.scenario.seed}/{what}/{number}/{self.profile.name}")  # noqa: S311
 
     @contextmanager
-    def cloud(self, run: str, rows: list[StepRow]) -> Iterator[Cloud]:
+    def cloud(self, run: str) -> Iterator[Cloud]:
         """Open its own connection; the accounts of its steps go to `rows` and to its ledger."""
         identity = self.node_config.get("identity")
         if identity is None and self.settings.identities is not None:
@@ -122,7 +123,7 @@ class Client:
         def on_row(row: dict[str, Any]) -> None:
             others.append(row)
             if row["row"] == "step":
-                rows.append(StepRow.from_json(row))
+                self.rows.append(StepRow.from_json(row))
 
         path = self.folder / "ledger.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -4,10 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, Message
 
 from tightbeam.common.errors import TightbeamError, UpdateRefusedError, error_from_code
 from tightbeam.common.federation import LoraAdapter, Update, check_update
+from tightbeam.edge.federation.adapter import LADDER
 from tightbeam.simulations.global_adapter import from_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Row
@@ -50,6 +51,8 @@ def account_of(sent: Message, reply: Message) -> Row:
         "message_down_bytes": message_bytes(sent),
         "message_up_bytes": message_bytes(reply),
         "adapter_up_bytes": 0,
+        "ladder_down_bytes": _ladder(sent.content.array_records["arrays"]).count_bytes(),
+        "fold_down_bytes": sum(r.count_bytes() for n, r in sent.content.array_records.items() if n == "fold"),
     }
     if reply.has_content() and "metrics" in reply.content.metric_records:
         metrics = reply.content.metric_records["metrics"]
@@ -57,6 +60,11 @@ def account_of(sent: Message, reply: Message) -> Row:
         if arrays := reply.content.array_records:
             row["adapter_up_bytes"] = sum(record.count_bytes() for record in arrays.values())
     return row
+
+
+def _ladder(record: ArrayRecord) -> ArrayRecord:
+    """What of it is no adapter."""
+    return ArrayRecord({name: array for name, array in record.items() if name.startswith(LADDER)})
 
 
 def update_of(

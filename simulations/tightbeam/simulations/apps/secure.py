@@ -200,7 +200,7 @@ class SecureRounds:
         self._node_ids: dict[str, int] = {}
         self._certificates: dict[str, bytes] = {}
         self._roster: dict[str, Ed25519PublicKey] = {}
-        self.moved_bytes = 0  # of the exchanges that are no training, this round
+        self.moved_bytes = 0  # of the exchanges besides the work, for this sum
 
     def admit(self, name: str, node_id: int, certificate: bytes) -> None:
         """Let a client in. Whether the authority issued the certificate is for the clients to judge."""

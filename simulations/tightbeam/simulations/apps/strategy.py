@@ -123,8 +123,7 @@ class FederatedLora(Strategy):
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Ask every client that is present, in the first and last round and as often as the scenario says."""
-        every, last = self.scenario.eval_every, self.scenario.rounds
-        if server_round not in (0, last) and (not every or server_round % every):
+        if not self.scenario.evaluated_after(server_round):
             return []
         messages = self._messages(server_round, arrays, config, self.present(), MessageType.EVALUATE)
         if self._secure is None:
@@ -162,7 +161,10 @@ class FederatedLora(Strategy):
             return None
         if figures is None:
             return None
-        self.journal.append("evaluation", round=server_round, virtual_s=virtual_s, **figures)
+        secure_bytes = self._secure.moved_bytes if self._secure else 0
+        self.journal.append(
+            "evaluation", round=server_round, virtual_s=virtual_s, secure_bytes=secure_bytes, **figures
+        )
         return MetricRecord({name: value for name, value in figures.items() if value is not None})
 
     def _secure_evaluation(self, masked: Mapping[str, bytes]) -> dict[str, float | None]:
@@ -269,13 +271,13 @@ class FederatedLora(Strategy):
             loss = sum(row["loss"] * row["weight"] for row in good) / sum(row["weight"] for row in good)
         else:
             combined, loss = self._secure_mean(number, secure), secure.loss
-        error, notes = combined.relative_error, list(combined.notes)
-        self.journal.append("round", **figures, **self._spent(), loss=loss, relative_error=error, notes=notes)
+        figures |= {"loss": loss, "relative_error": combined.relative_error, "notes": list(combined.notes)}
+        self.journal.append("round", **figures, **self._spent())
         return to_record(combined.state.arrays()), MetricRecord({"loss": loss, "updates": len(accepted)})
 
     def _no_update(self, figures: Row, *why: str) -> tuple[None, None]:
-        figures = {**figures, **self._spent(), "loss": None, "relative_error": None, "notes": list(why)}
-        self.journal.append("round", **figures)
+        figures |= {"loss": None, "relative_error": None, "notes": list(why)}
+        self.journal.append("round", **figures, **self._spent())
         return None, None
 
     def _told(self) -> list[str]:
@@ -284,7 +286,9 @@ class FederatedLora(Strategy):
         return [f"{name}: {reason}" for name, reason in sorted(failures.items())]
 
     def _spent(self) -> Row:
-        return {} if self.accounting is None else {"epsilon": self.accounting.epsilon}
+        """What this round took of privacy, and for the exchanges that keep it secure."""
+        spent = {} if self.accounting is None else {"epsilon": self.accounting.epsilon}
+        return spent | ({} if self._secure is None else {"secure_bytes": self._secure.moved_bytes})
 
     def _secure_mean(self, number: int, found: SecureSum) -> Combined:
         assert self._secure is not None
@@ -295,8 +299,7 @@ class FederatedLora(Strategy):
         combined = self.combiner.after_mean(self._state, number, mean)
         if self.accounting is not None:
             self.accounting.release(self.accounting.section.noise_multiplier)
-        besides = f"secure: {self._secure.moved_bytes} bytes besides training"
-        return Combined(combined.state, (besides, *combined.notes, *self._told()))
+        return Combined(combined.state, (*combined.notes, *self._told()))
 
     def memory(self) -> Memory:
         """What must survive a restart, beside the global adapter."""
