@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tightbeam.common.errors import CodecError, NonFiniteError
-from tightbeam.common.wire.codecs import CODECS, codec
+from tightbeam.common.wire.codecs import CODECS, base, codec
 from tightbeam.common.wire.codecs.packing import pack, packed_widths, unpack
 from tightbeam.common.wire.codecs.rotated import BLOCK, CHANNELS_PER_OUTLIER, LIMIT, hadamard_, signs
 
@@ -256,6 +256,41 @@ def test_one_thread_and_two_make_the_same_bytes(name: str) -> None:
     assert torch.equal(decoded[0], decoded[1])
 
 
+@pytest.mark.parametrize("size", [31, 200, 576])
+@pytest.mark.parametrize("name", INTEGER)
+def test_pieces_make_the_bytes_that_one_pass_makes(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values_ND = torch.randn(50, size, generator=torch.Generator().manual_seed(8))
+    whole = codec(name).encode(values_ND, seed=3)
+    decoded_ND = codec(name).decode(whole, values_ND.shape, torch.float32)
+    monkeypatch.setattr(base, "CACHED_VALUES", 7 * size)
+    assert torch.equal(codec(name).encode(values_ND, seed=3), whole)
+    assert torch.equal(codec(name).decode(whole, values_ND.shape, torch.float32), decoded_ND)
+
+
+@pytest.mark.parametrize("size", [1, 31, 64, 200, 576])
+@pytest.mark.parametrize("name", ["int4", "int5"])
+def test_decoding_is_scaling_and_butterflies_to_the_bit(name: str, size: int) -> None:
+    """As written down in docs/codecs.md, with sums that round; autocast must not reach the product either."""
+    which, shape = codec(name), (20, size)
+    values_ND = torch.randn(shape, generator=torch.Generator().manual_seed(9)) * 1e-3
+    payload = which.encode(values_ND)
+    scales, places, outliers, *codes = payload.split([20 * width for width in which.planes(size)])
+    scale_NG = scales.view(torch.bfloat16).view(20, -1).float()
+    widths = [int(width) for width in widths_of(size)]
+    codes_ND = unpack([plane.view(20, -1) for plane in codes], size).float() - 2 ** (int(name[-1]) - 1)
+    rows = [
+        hadamard_(codes_NB * scale_NG[:, [group]]) for group, codes_NB in enumerate(codes_ND.split(widths, 1))
+    ]
+    plain_ND = torch.cat(rows, 1) * torch.tensor([signs()[i % BLOCK] for i in range(size)])
+    place_NK = places.view(torch.int16).view(20, -1).long() if places.numel() else torch.zeros(20, 0).long()
+    plain_ND.scatter_add_(1, place_NK, outliers.view(torch.bfloat16).view(place_NK.shape).float())
+    assert torch.equal(which.decode(payload, shape, torch.float32), plain_ND)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(which.decode(payload, shape, torch.float32), plain_ND)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["int8", "int5", "int4"])
 def test_a_gpu_makes_and_reads_the_same_bytes(name: str) -> None:
@@ -294,7 +329,7 @@ def test_codes_are_packed_without_loss(rows: int, size: int, bits: int, seed: in
     codes_ND = torch.randint(2**bits, (rows, size), generator=generator).to(torch.uint8)
     planes = [plane.reshape(-1) for plane in pack(codes_ND, bits)]
     assert [plane.numel() for plane in planes] == [rows * width for width in packed_widths(size, bits)]
-    assert torch.equal(unpack(planes, rows, size), codes_ND)
+    assert torch.equal(unpack([plane.view(rows, -1) for plane in planes], size), codes_ND)
 
 
 def test_packing_is_as_documented() -> None:

@@ -14,17 +14,18 @@ gets the same bits.
 S = segments, N = rows of all segments, D = hidden size.
 """
 
-import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+from cryptography.hazmat.primitives.poly1305 import Poly1305
 from torch import Tensor
 
 from tightbeam.common.errors import CodecError, UnknownBaseError
-from tightbeam.common.wire.codecs import codec
+from tightbeam.common.wire.codecs import Codec, codec
+from tightbeam.common.wire.codecs.base import CACHED_VALUES, check_length, planes_of
 
 __all__ = [
     "CHECK_BYTES",
@@ -45,6 +46,7 @@ CHECK_BYTES = 8  # of a base's digest: an accident passes once in 2^64, and a se
 OVERHEAD_BYTES = 1024  # counted for each base besides its rows, or samples of one token would cost nothing
 WHOLE = "bf16"  # the codec in which bases themselves cross without loss
 _STATE = torch.bfloat16
+_CHECK_KEY = b"tightbeam/delta base/1".ljust(32, b".")  # public: a check against accidents, not a seal
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Base:
         """A private copy of decoded rows, and their digest."""
         rows = rows.to(_STATE).clone()
         content = rows.view(torch.uint8).numpy().data
-        return cls(rows, hashlib.blake2b(content, digest_size=CHECK_BYTES).digest())
+        return cls(rows, Poly1305.generate_tag(_CHECK_KEY, content)[:CHECK_BYTES])
 
     @property
     def num_bytes(self) -> int:
@@ -163,13 +165,16 @@ def encode_delta(
 
     Raises `NonFiniteError`.
     """
-    rows_ND = rows_ND.detach().cpu().float()
-    moved_ND = torch.empty_like(rows_ND)
-    for base, rows, moved in zip(bases, *_split(lengths, rows_ND, moved_ND), strict=True):
-        # one segment after the other: it stays in the processor's cache
-        moved.copy_(rows if base is None else rows - base.rows)
-    payload = codec(codec_name).encode(moved_ND)
-    return payload, decode_delta(codec_name, payload, bases, lengths, rows_ND.shape[1])
+    coder, rows_ND = codec(codec_name), rows_ND.detach().cpu()
+    payload = torch.empty(coder.num_bytes(rows_ND.shape), dtype=torch.uint8)
+    decoded_ND = torch.empty(rows_ND.shape, dtype=_STATE)
+    planes = planes_of(coder, payload, rows_ND.shape)
+    for rows, base_ND in _pieces(bases, lengths, rows_ND.shape[1]):
+        part = coder.encode(rows_ND[rows].float() - base_ND)
+        for plane, coded in zip(planes, planes_of(coder, part, base_ND.shape), strict=True):
+            plane[rows] = coded
+        decoded_ND[rows] = _decode(coder, part, base_ND)
+    return payload, decoded_ND
 
 
 def decode_delta(codec_name: str, payload: Tensor, bases: Bases, lengths: Sequence[int], size: int) -> Tensor:
@@ -177,22 +182,39 @@ def decode_delta(codec_name: str, payload: Tensor, bases: Bases, lengths: Sequen
 
     Raises `CodecError` for a payload that does not decode, or leads to values that are not finite.
     """
-    moved_ND = codec(codec_name).decode(payload, (sum(lengths), size), torch.float32)
-    rows_ND = torch.empty_like(moved_ND, dtype=_STATE)
-    for base, moved, rows in zip(bases, *_split(lengths, moved_ND, rows_ND), strict=True):
-        rows.copy_(moved if base is None else base.rows + moved)
+    coder, shape = codec(codec_name), (sum(lengths), size)
+    check_length(coder, payload, shape)
+    decoded_ND = torch.empty(shape, dtype=_STATE)
+    planes = planes_of(coder, payload, shape)
+    for rows, base_ND in _pieces(bases, lengths, size):
+        part = torch.cat([plane[rows].flatten() for plane in planes])
+        decoded_ND[rows] = _decode(coder, part, base_ND)
+    return decoded_ND
+
+
+def _decode(coder: Codec, payload: Tensor, base_ND: Tensor) -> Tensor:
+    rows_ND = (base_ND + coder.decode(payload, base_ND.shape, torch.float32)).to(_STATE)
     rows_ND += 0.0  # -0.0 has other bits, and would not come through as a whole value
     if not all(bound.isfinite() for bound in torch.aminmax(rows_ND)):
         raise CodecError("A delta leads to values that are not finite.")
     return rows_ND
 
 
+def _pieces(bases: Bases, lengths: Sequence[int], size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of whole segments, no more than a core's cache holds, and their bases as float32."""
+    start, stop, parts = 0, 0, list[Tensor]()
+    for base, length in zip(bases, lengths, strict=True):
+        if parts and (stop + length - start) * size > CACHED_VALUES:
+            yield slice(start, stop), torch.cat(parts).float()
+            start, parts = stop, []
+        parts.append(torch.zeros(length, size, dtype=_STATE) if base is None else base.rows)
+        stop += length
+    if parts:
+        yield slice(start, stop), torch.cat(parts).float()
+
+
 def _shapes(samples: Samples) -> Iterable[tuple[bytes, tuple[int, int]]]:
     return ((key, (n, samples.size)) for key, n in zip(samples.keys, samples.lengths, strict=True))
-
-
-def _split(lengths: Sequence[int], *tensors: Tensor) -> Iterable[Sequence[Tensor]]:
-    return (tensor.split(list(lengths)) for tensor in tensors)
 
 
 def _num_bytes(versions: tuple[Base, ...]) -> int:

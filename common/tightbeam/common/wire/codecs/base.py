@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from tightbeam.common.errors import CodecError, NonFiniteError
 
 __all__ = [
+    "CACHED_VALUES",
     "Codec",
     "as_bytes",
     "check_finite_input",
@@ -18,9 +19,14 @@ __all__ = [
     "check_length",
     "count_bytes",
     "noise_like",
+    "planes_of",
+    "slices",
 ]
 
 assert sys.byteorder == "little", "payloads are little-endian"
+
+CACHED_VALUES = 2**19
+"""float32 that a core's cache holds between the passes over them; fresh pages cost more than the sums."""
 
 
 class Codec(Protocol):
@@ -69,9 +75,22 @@ def as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8).reshape(-1)
 
 
-def noise_like(values: Tensor, seed: int) -> Tensor:
-    """Uniform in `[0, 1)`: the same on every call with this shape, device kind and seed."""
-    generator = torch.Generator(values.device).manual_seed(seed)
+def planes_of(which: Codec, payload: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """The planes of a payload, each `[N, bytes per token]`; they share its memory."""
+    num_rows, widths = math.prod(shape[:-1]), which.planes(shape[-1])
+    parts = payload.split([num_rows * width for width in widths])
+    return [part.view(num_rows, width) for part, width in zip(parts, widths, strict=True)]
+
+
+def slices(shape: Sequence[int], device: torch.device) -> Iterator[slice]:
+    """The rows of an `[N, D]` in pieces: a CPU's cache holds one, a GPU gets all at once."""
+    num_rows, size = shape
+    step = max(CACHED_VALUES // size, 1) if device.type == "cpu" else max(num_rows, 1)
+    return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+def noise_like(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform in `[0, 1)`; drawn for one piece after the other it is what one draw for all would be."""
     return torch.rand(values.shape, generator=generator, device=values.device)
 
 

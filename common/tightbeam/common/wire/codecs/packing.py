@@ -27,11 +27,10 @@ def pack(codes_ND: Tensor, bits: int) -> tuple[Tensor, ...]:
     return (nibbles,) if bits == 4 else (nibbles, _overlay(codes_ND >> 4, 8))
 
 
-def unpack(planes: Sequence[Tensor], num_rows: int, size: int) -> Tensor:
+def unpack(planes: Sequence[Tensor], size: int) -> Tensor:
     """Inverse of `pack`: codes `[N, D]`, uint8."""
     codes_ND, *high = (
-        _spread(plane.view(num_rows, -1), per_byte)[:, :size]
-        for plane, per_byte in zip(planes, (2, 8), strict=False)
+        _spread(plane, per_byte)[:, :size] for plane, per_byte in zip(planes, (2, 8), strict=False)
     )
     return codes_ND | high[0] << 4 if high else codes_ND
 

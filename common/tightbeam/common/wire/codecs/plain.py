@@ -18,6 +18,8 @@ from tightbeam.common.wire.codecs.base import (
     check_length,
     count_bytes,
     noise_like,
+    planes_of,
+    slices,
 )
 
 __all__ = ["FLOATS", "Float", "Int8"]
@@ -73,30 +75,40 @@ class Int8:
 
     def encode(self, tensor_ND: Tensor, *, seed: int = 0) -> Tensor:
         """Scales and codes; `NonFiniteError` for NaN or Inf."""
-        values_ND = tensor_ND.detach().float()
-        check_finite_input(self, values_ND, _FP32.max)
-        # the smallest normal number keeps rows of zeros, and scales from becoming denormal
-        scale_N1 = (values_ND.abs().amax(-1, keepdim=True) / 127).clamp_min(_FP32.tiny)
-        codes_ND = values_ND / scale_N1
-        if self.stochastic:
-            codes_ND = codes_ND.add_(noise_like(codes_ND, seed)).floor_()
-        else:
-            codes_ND = codes_ND.round_()
-        codes_ND = codes_ND.clamp_(-127, 127).to(torch.int8)
-        return torch.cat([as_bytes(scale_N1), as_bytes(codes_ND)]).cpu()
+        tensor_ND = tensor_ND.detach().reshape(-1, tensor_ND.shape[-1])
+        device = tensor_ND.device
+        payload = torch.empty(self.num_bytes(tensor_ND.shape), dtype=torch.uint8, device=device)
+        scale_N1, codes_ND = self._parts(payload, tensor_ND.shape)
+        noise = torch.Generator(device).manual_seed(seed)
+        for rows in slices(tensor_ND.shape, device):
+            values_ND = tensor_ND[rows].float()
+            check_finite_input(self, values_ND, _FP32.max)
+            # the smallest normal number keeps rows of zeros, and scales from becoming denormal
+            scale_N1[rows] = (values_ND.abs().amax(-1, keepdim=True) / 127).clamp_min_(_FP32.tiny)
+            values_ND = values_ND / scale_N1[rows]
+            if self.stochastic:
+                values_ND.add_(noise_like(values_ND, noise)).floor_()
+            else:
+                values_ND.round_()
+            codes_ND[rows] = values_ND.clamp_(-127, 127)
+        return payload.cpu()
 
     def decode(
         self, payload: Tensor, shape: Sequence[int], dtype: torch.dtype, *, device: torch.device | str = "cpu"
     ) -> Tensor:
         """Codes times scales; `CodecError` when a product is not finite."""
         check_length(self, payload, shape)
-        payload = payload.to(device)
-        num_scales = math.prod(shape[:-1])
-        scale_N1 = payload[: 4 * num_scales].view(torch.float32).view(*shape[:-1], 1)
-        codes_ND = payload[4 * num_scales :].view(torch.int8).view(*shape)
-        values_ND = codes_ND * scale_N1
-        check_finite_output(self, values_ND, torch.finfo(dtype).max)
-        return values_ND.to(dtype)
+        out_ND = torch.empty(math.prod(shape[:-1]), shape[-1], dtype=dtype, device=device)
+        scale_N1, codes_ND = self._parts(payload.to(device), out_ND.shape)
+        for rows in slices(out_ND.shape, out_ND.device):
+            values_ND = codes_ND[rows] * scale_N1[rows]
+            check_finite_output(self, values_ND, torch.finfo(dtype).max)
+            out_ND[rows] = values_ND
+        return out_ND.view(*shape)
+
+    def _parts(self, payload: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+        scale_N4, codes_ND = planes_of(self, payload, shape)
+        return scale_N4.view(torch.float32), codes_ND.view(torch.int8)
 
 
 FLOATS = (Float("fp32", torch.float32), Float("bf16", torch.bfloat16))
