@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from tightbeam.common.federation import LoraAdapter, Update, parse_adapter
+from tightbeam.common.federation import LoraAdapter, Update, beyond, parse_adapter
 from tightbeam.simulations.apps.combining import (
     Accepted,
     ByAggregator,
@@ -92,9 +92,45 @@ def test_the_notes_of_groups_are_said_once_and_the_error_is_of_all_layers(grid: 
 
 def test_flora_folds_and_starts_afresh() -> None:
     start, update = _arrays(0, 5), _arrays(1, 5)
-    combined = combiner_for(_scenario("flora"), None).combine(1, _state(start), [_accepted(update)])
+    scenario = _scenario("flora", restart="fresh")
+    combined = combiner_for(scenario, None).combine(1, _state(start), [_accepted(update)])
     assert combined.state.folded is not None
     assert all(not module.B_OR.any() for module in combined.state.learned.modules.values())
+    assert combined.relative_error == pytest.approx(0, abs=1e-9)
+
+
+def _wide_start() -> GlobalAdapter:
+    """Rank 5, of which clients wear 2: the rest is in their weights."""
+    rng = np.random.default_rng(7)
+    arrays = {}
+    for layer in (0, 1, 5):
+        arrays[f"m.layers.{layer}.q.lora_A.weight"] = rng.normal(size=(5, 6))
+        arrays[f"m.layers.{layer}.q.lora_B.weight"] = rng.normal(size=(5, 5))
+    return GlobalAdapter(parse_adapter(arrays, SCALE, "start"))
+
+
+def test_flora_goes_on_from_principal_directions_layer_by_layer() -> None:
+    """Layer 0 is one client's, layer 1 nobody's, layer 5 two clients'; what they folded is in the mean."""
+    state = _wide_start()
+    both, top = _arrays(1, 0, 5), _arrays(2, 5)
+    accepted = [_accepted(both, 3, "a"), _accepted(top, 1, "b")]
+    combined = combiner_for(_scenario("flora"), None).combine(1, state, accepted)
+    before = {name: module.delta_w() for name, module in state.learned.modules.items()}
+    folded = {name: m.delta_w() for name, m in beyond(state.learned, RANK).modules.items()}
+    one, two = (
+        {name: m.delta_w() for name, m in parse_adapter(arrays, SCALE, "c").modules.items()}
+        for arrays in (both, top)
+    )
+    expected = {
+        "m.layers.0.q": folded["m.layers.0.q"] + one["m.layers.0.q"],
+        "m.layers.1.q": before["m.layers.1.q"],
+        "m.layers.5.q": folded["m.layers.5.q"] + 0.75 * one["m.layers.5.q"] + 0.25 * two["m.layers.5.q"],
+    }
+    after = {name: module.delta_w() for name, module in combined.state.learned.modules.items()}
+    for name, delta in expected.items():
+        np.testing.assert_allclose(after[name], delta, atol=1e-9)
+        assert np.abs(folded[name]).max() > 0.1, "without what was folded the mean would be another"
+    assert combined.state.folded is None
     assert combined.relative_error == pytest.approx(0, abs=1e-9)
 
 

@@ -88,12 +88,15 @@ def test_killed_and_resumed_equals_uninterrupted(playground: Playground, strateg
     assert [row["round"] for row in playground.rows(cut_off, "round")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("name", ["fedit", "flora"])
+@pytest.mark.parametrize(
+    "strategy", [{"name": "fedit"}, {"name": "flora"}, {"name": "flora", "restart": "fresh"}], ids=str
+)
 def test_the_saved_adapter_on_the_whole_model_has_the_reported_loss(
-    playground: Playground, backbone: Path, name: str
+    playground: Playground, backbone: Path, strategy: dict[str, object]
 ) -> None:
-    """PEFT opens the result; what was folded into the edges' weights is in it too."""
-    scenario = playground.scenario(strategy={"name": name}, train={"lr": 3e-2})
+    """PEFT opens the result; what was folded into the edges' weights is in it too, whatever their rank."""
+    groups = {} if strategy["name"] == "fedit" else {"narrow": {"clients": 1, "r": 2}}
+    scenario = playground.scenario(strategy=strategy, groups=groups, train={"lr": 3e-2})
     playground.run(scenario)
     model = AutoModelForCausalLM.from_pretrained(backbone, dtype=torch.float32)
     trained = peft.PeftModel.from_pretrained(model, scenario.folder / "adapter")

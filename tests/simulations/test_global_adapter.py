@@ -62,6 +62,19 @@ def test_a_client_gets_its_layers_at_its_scale(scale: float) -> None:
     np.testing.assert_allclose(delta, _delta(state.learned)["m.layers.5.q"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("folded", [None, _random(5, 1)], ids=["learned", "learned and folded"])
+def test_where_clients_fold_each_rank_has_all_of_delta_w(folded: LoraAdapter | None) -> None:
+    state = GlobalAdapter(_random(4, 0), folded)
+    exact = _delta(state.whole())
+    for rank in (1, 3, 4, 6):
+        arrays, fold = state.for_client(["m.layers.5.q"], rank, 2.0, 0, folds=True)
+        worn = _delta(parse_adapter(arrays, 2.0, "ward"))["m.layers.5.q"]
+        rest = _delta(parse_adapter(fold, 1.0, "ward") if fold else None).get("m.layers.5.q", 0.0)
+        np.testing.assert_allclose(worn + rest, exact["m.layers.5.q"], atol=1e-5)
+        assert (np.abs(worn - exact["m.layers.5.q"]).max() > 0.1) == bool(fold)
+        assert set(fold) <= {f"m.layers.5.q.lora_{factor}.weight" for factor in "AB"}
+
+
 def test_a_wider_client_gets_the_same_delta_and_room_to_learn() -> None:
     state = GlobalAdapter(_random(2, 0))
     arrays, _ = state.for_client(LAYERS.modules, 6, 1.0, 7)

@@ -12,12 +12,13 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
-from tightbeam.common.federation import Arrays, LoraAdapter, parse_adapter
+from tightbeam.common.federation import Arrays, LoraAdapter, beyond, parse_adapter, plus
 from tightbeam.common.federation.lowrank import best_rank, stack
 
 __all__ = ["GlobalAdapter", "fresh", "from_record", "layers_of", "restricted", "to_record"]
 
 _LEARNED, _FOLDED = "learned/", "folded/"
+_NOTHING = LoraAdapter({}, {})
 
 
 def to_record(arrays: Mapping[str, NDArray[np.floating]]) -> ArrayRecord:
@@ -65,7 +66,7 @@ def _fresh_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GlobalAdapter:
-    """What has been learned, and what has been folded into the edges' own weights (flora only)."""
+    """What has been learned, and what all edges have folded into their own weights (flora only)."""
 
     learned: LoraAdapter
     folded: LoraAdapter | None = None
@@ -93,13 +94,15 @@ class GlobalAdapter:
         return found | {_FOLDED + name: tensor for name, tensor in _factors(self.folded).items()}
 
     def for_client(
-        self, layers: Collection[str], rank: int, scale: float, seed: int
+        self, layers: Collection[str], rank: int, scale: float, seed: int, *, folds: bool = False
     ) -> tuple[dict[str, NDArray[np.float32]], dict[str, NDArray[np.float32]]]:
-        """The adapter that a client wears, and what it folds into its weights first, if anything."""
-        resized = self.learned.resized(rank, seed)
-        own = restricted(resized, layers)
-        folds = {name: m for name, m in self.folded.modules.items() if name in layers} if self.folded else {}
-        return own.state(scale), LoraAdapter(folds, {}).state(1.0)
+        """The adapter that a client wears, and what it folds into its weights first, if anything.
+
+        With `folds` that is all it does not wear, so that every client starts from the whole delta W.
+        """
+        own = restricted(self.learned.resized(rank, seed), layers)
+        rest = plus(self.folded or _NOTHING, beyond(self.learned, rank)) if folds else _NOTHING
+        return own.state(scale), restricted(rest, layers).state(1.0)
 
     def after(self, learned: LoraAdapter) -> Self:
         """Replace the layers that a round has changed; layers of nobody in that round stay."""
@@ -119,11 +122,12 @@ class GlobalAdapter:
         return replace(self, learned=self.learned.restarted(rank, seed), folded=LoraAdapter(modules, {}))
 
     def whole(self) -> LoraAdapter:
-        """One adapter of all layers, to save: what is learned, or what is folded."""
+        """One adapter of all layers, to save: what is learned and what is folded."""
         if self.folded is None:
             return LoraAdapter(self.learned.modules, {})
         empty = {name: module.truncated(0) for name, module in self.learned.modules.items()}
-        return LoraAdapter({**empty, **self.folded.modules}, {})
+        rest = plus(self.folded, beyond(self.learned, 0))
+        return LoraAdapter({**empty, **rest.modules}, {})
 
 
 def restricted(adapter: LoraAdapter, names: Collection[str]) -> LoraAdapter:

@@ -150,6 +150,10 @@ class StrategySection(Section):
         default="examples",
         description="What a client counts by: its examples, the tokens it learned in the round, or as any.",
     )
+    restart: Literal["principal", "fresh"] = Field(
+        default="principal",
+        description="flora: clients go on from the largest directions of what was learned, or from zero.",
+    )
     server_lr: float = Field(default=1.0, gt=0, description="fedavgm, fedadam, fedyogi.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="fedavgm; beta_1 of fedadam, fedyogi.")
     num_malicious: int = Field(default=0, ge=0, description="krum: clients that may lie.")
@@ -161,6 +165,11 @@ class StrategySection(Section):
     privacy: PrivacySection | None = Field(
         default=None, description="Differential privacy; none if left out."
     )
+
+    @property
+    def folds(self) -> bool:
+        """Whether clients add to their own weights what was learned and they do not wear."""
+        return self.name == "flora"
 
 
 class ClientSection(Section):
@@ -327,7 +336,7 @@ class Scenario(Section):
         options, strategy = [profile.options for profile in self.profiles()], self.strategy
         sides, shares = {one.mode for one in options}, {one.share for one in options}
         freeze = self.train.freeze_bottom_after
-        if strategy.name == "flora" and ("side" in sides or shares != {"all"} or freeze):
+        if strategy.folds and ("side" in sides or shares != {"all"} or freeze):
             return (
                 "flora folds what is learned into the blocks themselves, which mode side, client.share and "
                 "train.freeze_bottom_after need as they are: use flexlora"
@@ -367,6 +376,10 @@ class Scenario(Section):
         """Clients per round."""
         return self.sample or self.clients
 
+    def evaluated_after(self, number: int) -> bool:
+        """Whether there is an evaluation after round `number`; 0 is before the first."""
+        return number in (0, self.rounds) or (self.eval_every > 0 and number % self.eval_every == 0)
+
     @property
     def folder(self) -> Path:
         """`<output.dir>/<output.name>`."""
@@ -376,10 +389,6 @@ class Scenario(Section):
         """Every client with what it has."""
         owners = [name for name, group in self.groups.items() for _ in range(group.clients)]
         owners += [""] * (self.clients - len(owners))
-    def evaluated_after(self, number: int) -> bool:
-        """Whether there is an evaluation after round `number`; 0 is before the first."""
-        return number in (0, self.rounds) or (self.eval_every > 0 and number % self.eval_every == 0)
-
         width = max(len(str(self.clients - 1)), 2)
         return [
             ClientProfile(number, f"client-{number:0{width}d}", owner, self._options(owner))

@@ -16,6 +16,7 @@ from tightbeam.common.federation.aggregation import (
     aggregator_named,
     self_pruned_rank,
 )
+from tightbeam.common.federation.folding import beyond, kept, plus, principal
 from tightbeam.common.federation.lora import Arrays, LoraAdapter, LoraModule, fold, parse_adapter
 from tightbeam.common.federation.updates import Update, check_update
 
@@ -34,8 +35,12 @@ __all__ = [
     "Update",
     "ZeroPadding",
     "aggregator_named",
+    "beyond",
     "check_update",
     "fold",
+    "kept",
     "parse_adapter",
+    "plus",
+    "principal",
     "self_pruned_rank",
 ]

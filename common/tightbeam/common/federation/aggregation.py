@@ -153,7 +153,7 @@ class Flora:
     """Stacked factors: exact for any ranks, and the rank is the sum of the clients'.
 
     The stack is not trained on. Each edge folds it into its own copies of its blocks (`lora.fold`) and goes
-    on with `adapter.restarted(rank)`; so an update is what was learned since the last fold.
+    on with `adapter.restarted(rank)`, or with the `folding.principal` directions of all that was learned.
     """
 
     def aggregate(self, updates: Sequence[Update]) -> Aggregate:

@@ -24,7 +24,10 @@ from tightbeam.common.federation import (
     LoraAdapter,
     Update,
     aggregator_named,
+    kept,
     parse_adapter,
+    plus,
+    principal,
 )
 from tightbeam.simulations.apps.privacy import (
     ADAPTIVE,
@@ -35,7 +38,7 @@ from tightbeam.simulations.apps.privacy import (
     measurable,
     private_strategy,
 )
-from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
+from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, restricted, to_record
 from tightbeam.simulations.scenario import FLOWER_STRATEGIES, Scenario
 
 __all__ = [
@@ -131,8 +134,11 @@ class ByAggregator:
         means = {name: m for group in groups for name, m in group.mean.modules.items()}
         whole = Aggregate(LoraAdapter(modules, rest), LoraAdapter(means, {}), ())
         notes = tuple(dict.fromkeys(n for group in groups if group.mean.modules for n in group.notes))
-        if groups[0].folds:
-            after = state.after_fold(whole.adapter, self._rank, self._scenario.seed + number)
+        seed = self._scenario.seed + number
+        if groups[0].folds and self._scenario.strategy.restart == "fresh":
+            after = state.after_fold(whole.adapter, self._rank, seed)
+        elif groups[0].folds:
+            after = state.after(self._all_learned(state, accepted, whole.adapter, seed))
         else:
             after = state.after(whole.adapter)
         return Combined(after, notes, whole.relative_error() if means else None)
@@ -148,8 +154,18 @@ class ByAggregator:
     def remember(self, memory: Memory) -> None:
         """Nothing."""
 
+    def _all_learned(
+        self, state: GlobalAdapter, accepted: Sequence[Accepted], stacked: LoraAdapter, seed: int
+    ) -> LoraAdapter:
+        """Delta W of this round's layers after it, exactly, by its directions."""
+        learned = LoraAdapter({}, {})
+        for layers in _groups(accepted):
+            start = restricted(state.learned, layers)
+            learned = plus(learned, kept(start, _having(layers, accepted)))
+        return principal(plus(learned, stacked), self._rank, seed)
+
     def _aggregate(self, layers: frozenset[str], accepted: Sequence[Accepted]) -> Aggregate:
-        having = [one.update for one in accepted if one.update and layers <= one.layers]
+        having = _having(layers, accepted)
         return self._aggregator.aggregate([_restricted(update, layers) for update in having])
 
 
@@ -278,6 +294,11 @@ def _groups(accepted: Sequence[Accepted]) -> list[frozenset[str]]:
     for layer, clients in owners.items():
         groups.setdefault(clients, set()).add(layer)
     return [frozenset(groups[clients]) for clients in sorted(groups)]
+
+
+def _having(layers: frozenset[str], accepted: Sequence[Accepted]) -> list[Update]:
+    """Updates of the clients that have all of these layers."""
+    return [one.update for one in accepted if one.update and layers <= one.layers]
 
 
 def _restricted(update: Update, layers: frozenset[str]) -> Update:

@@ -197,7 +197,11 @@ class FederatedLora(Strategy):
         """One client's part of the global adapter, and what it has spent so far."""
         name, spent = node.profile.name, self.journal.spent(node.profile.name)
         own, fold = self._state.for_client(
-            node.layers.shapes(), node.profile.options.r, self.scenario.adapter.scale, self._seed(number)
+            node.layers.shapes(),
+            node.profile.options.r,
+            self.scenario.adapter.scale,
+            self._seed(number),
+            folds=self.scenario.strategy.folds,
         )
         before = self.journal.of_client(name, "client_round", "client_eval")
         config = ConfigRecord(
