@@ -28,6 +28,7 @@ import statistics
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,28 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from tightbeam.common.federation import Aggregate, LoraAdapter, Update, aggregator_named, fold, parse_adapter
+from tightbeam.common.federation import (
+    Aggregate,
+    LoraAdapter,
+    Update,
+    aggregator_named,
+    beyond,
+    fold,
+    kept,
+    parse_adapter,
+    plus,
+    principal,
+)
 from tightbeam.simulations.partition import dirichlet
 
-MAX_TOKENS, SCALE = 128, 2.0
-RANKS = [4, 8, 16] * 3
+SCALE = 2.0
+RANKS = [4, 8, 16]
 TOPICS, ALPHA, MIN_EXAMPLES, NUM_VALIDATION = 12, 0.3, 32, 256
-STRATEGIES = ["flora", "flexlora", "ffa", "hetlora", "zeropad", "fedit-4", "fedit-8", "fedit-16"]
+STRATEGIES = [
+    "flora-principal", "flora-fresh", "ffa-folded", "ffa", "flexlora", "hetlora", "zeropad",
+    "fedit-4", "fedit-8", "fedit-16",
+]  # fmt: skip
+FOLDED = ("flora-principal", "ffa-folded")  # clients fold the directions that they do not wear
 SEARCH_SEED = 100
 PREFIX = "base_model.model."
 
@@ -80,20 +96,52 @@ class StackedLora(nn.Module):
 class Federation:
     """The backbone with stacked adapters, and the data, for as many runs as one likes."""
 
-    def __init__(self, model: Path, data: Path, device: str, cut: str, limit: int | None) -> None:
-        self.device = torch.device(device)
+    def __init__(
+        self,
+        model: Path,
+        data: Path,
+        device: str,
+        cut: str,
+        limit: int | None,
+        *,
+        max_tokens: int = 128,
+        bf16: bool = False,
+    ) -> None:
+        self.device, self.bf16 = torch.device(device), bf16
         tokenizer = AutoTokenizer.from_pretrained(model)
-        texts, examples = _examples(data / "train.jsonl", tokenizer)
+        texts, examples = _examples(data / "train.jsonl", tokenizer, max_tokens)
         held = min(NUM_VALIDATION, len(examples) // 4)
         self.validation = examples[-held:][:limit]
         self.train, self.topics = examples[:-held], topics_of(texts[:-held], TOPICS)
-        self.test = _examples(data / "eval.jsonl", tokenizer)[1][:limit]
+        self.test = _examples(data / "eval.jsonl", tokenizer, max_tokens)[1][:limit]
         backbone: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.model = backbone.to(self.device).requires_grad_(False)
-        self.layers = self._adapt(cut)
-
-    def _adapt(self, cut: str) -> dict[str, StackedLora]:
         bottom, top = map(int, cut.split(":"))
+        self.layers = self._adapt(bottom, top)
+        self.cached: dict[tuple[int, ...], Tensor] = {}
+        if not bottom:
+            self._keep_what_crosses(top, [*self.train, *self.validation, *self.test])
+
+    def _keep_what_crosses(self, top: int, examples: Sequence[Example]) -> None:
+        """With nothing to train below the trunk, as in mode top, each text goes through it once."""
+        whole, crossed = self.model.model, list[Tensor]()
+        blocks = whole.layers
+        whole.layers = blocks[:-top]
+        hook = whole.norm.register_forward_pre_hook(lambda norm, inputs: crossed.append(inputs[0]))
+        texts = sorted((ids for ids, _ in examples), key=len)
+        for i in range(0, len(texts), 32):
+            batch = [torch.tensor(ids, device=self.device) for ids in texts[i : i + 32]]
+            with torch.no_grad(), self._autocast():
+                whole(input_ids=nn.utils.rnn.pad_sequence(batch, batch_first=True), use_cache=False)
+            for ids, hidden in zip(texts[i : i + 32], crossed.pop(), strict=True):
+                self.cached[tuple(ids)] = hidden[: len(ids)].clone()
+        hook.remove()
+        whole.layers = blocks[-top:]
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def _adapt(self, bottom: int, top: int) -> dict[str, StackedLora]:
         blocks = self.model.model.layers
         edge = [*range(bottom), *range(len(blocks) - top, len(blocks))]
         layers = {}
@@ -112,8 +160,14 @@ class Federation:
             probe[f"{name}.lora_B.weight"] = np.zeros((layer.base.out_features, 1), np.float32)
         return parse_adapter(probe, SCALE, "the server").restarted(rank, seed)
 
-    def wear(self, states: Sequence[Arrays]) -> None:
-        """Dress the model in the adapters of as many clients as there are states."""
+    def wear(self, states: Sequence[Arrays], ranks: Sequence[int] = ()) -> None:
+        """Dress the model in the adapters of as many clients as there are states.
+
+        Given ranks, directions beyond a client's own count but do not learn, as if it had folded them.
+        """
+        widest = max(len(array) for state in states for name, array in state.items() if ".lora_A." in name)
+        limits_K = torch.tensor(ranks or [widest] * len(states))
+        self.learns_KR = (torch.arange(widest) < limits_K[:, None]).to(self.device)
         for name, layer in self.layers.items():
             A, B = ([state[f"{name}.lora_{factor}.weight"] for state in states] for factor in "AB")
             layer.wear(A, B)
@@ -129,8 +183,9 @@ class Federation:
 
     def fold(self, stacked: LoraAdapter) -> None:
         """Add an update to the weights, as each edge does under FLoRA."""
-        for name, layer in self.layers.items():
-            weight_OI = fold(layer.base.weight.cpu().numpy(), stacked.modules[name])
+        for name, module in stacked.modules.items():
+            layer = self.layers[name]
+            weight_OI = fold(layer.base.weight.cpu().numpy(), module)
             layer.base.weight.data = torch.from_numpy(weight_OI).to(self.device)
 
     def unfold(self) -> None:
@@ -147,8 +202,12 @@ class Federation:
             input_ids[row, : len(ids)] = torch.tensor(ids)
             learned[row, prompt : len(ids)] = True
         input_ids, learned = input_ids.to(self.device), learned.to(self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            hidden = self.model.model(input_ids=input_ids, use_cache=False).last_hidden_state
+        inputs = {"input_ids": input_ids}
+        if self.cached:
+            crossed = [self.cached[tuple(ids)] for ids, _ in examples]
+            inputs = {"inputs_embeds": nn.utils.rnn.pad_sequence(crossed, batch_first=True)}
+        with self._autocast():
+            hidden = self.model.model(**inputs, use_cache=False).last_hidden_state
             logits = self.model.lm_head(hidden[:, :-1][learned[:, 1:]])
         targets = input_ids[:, 1:][learned[:, 1:]]
         return cross_entropy(logits.float(), targets, reduction="none"), learned[:, 1:].nonzero()[:, 0]
@@ -160,20 +219,31 @@ class Federation:
         parts = [self.losses(examples[i : i + 64])[0] for i in range(0, len(examples), 64)]
         return float(torch.cat(parts).mean())
 
+    @cached_property
+    def before(self) -> float:
+        """Loss of the backbone itself on the evaluation entries."""
+        self.unfold()
+        return round(self.evaluate(self.test, self.fresh(1, 0).state(SCALE)), 4)
+
     def local_steps(self, batches: Sequence[Sequence[list[int]]], lr: float, *, only_B: bool) -> None:
         """Every client's AdamW steps, side by side; `batches` are rows of the data by step and client."""
         assert len({len(rows) for clients in batches for rows in clients}) == 1
-        factors = [p for layer in self.layers.values() for p in (layer.A_KRI, layer.B_KOR)]
+        A_learns, B_learns = self.learns_KR[..., None], self.learns_KR[:, None]
+        factors = [p for x in self.layers.values() for p in ((x.A_KRI, A_learns), (x.B_KOR, B_learns))]
         trained = factors[1::2] if only_B else factors
-        optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+        optimizer = torch.optim.AdamW([parameter for parameter, _ in trained], lr=lr, weight_decay=0.0)
         for clients in batches:
             losses, rows = self.losses([self.train[row] for client in clients for row in client])
             owner = rows // len(clients[0])
             # each client's own mean: gradients of slices do not meet
             (losses / torch.bincount(owner, minlength=len(clients))[owner]).sum().backward()
-            squares_K = sum(p.grad.square().flatten(1).sum(1) for p in trained if p.grad is not None)
-            shrink_K = (1.0 / (torch.as_tensor(squares_K).sqrt() + 1e-6)).clamp(max=1.0)
-            for parameter in trained:
+            squares_K = torch.zeros(len(clients), device=self.device)
+            for parameter, learns in trained:
+                assert parameter.grad is not None
+                parameter.grad *= learns
+                squares_K += parameter.grad.square().flatten(1).sum(1)
+            shrink_K = (1.0 / (squares_K.sqrt() + 1e-6)).clamp(max=1.0)
+            for parameter, _ in trained:
                 assert parameter.grad is not None
                 parameter.grad *= shrink_K[:, None, None]
             optimizer.step()
@@ -181,20 +251,34 @@ class Federation:
 
 
 def run(
-    federation: Federation, strategy: str, seed: int, lr: float, *, rounds: int, steps: int, batch: int
+    federation: Federation,
+    strategy: str,
+    seed: int,
+    lr: float,
+    *,
+    rounds: int,
+    steps: int,
+    batch: int,
+    clients: int = 9,
 ) -> dict[str, Any]:
     """One federated experiment; losses of what clients of each rank have in the end."""
-    name, _, same = strategy.partition("-")
-    ranks = [int(same)] * len(RANKS) if same else RANKS
+    name, _, variant = strategy.partition("-")
+    same = int(variant) if variant.isdigit() else None
+    ranks = [same or RANKS[k % len(RANKS)] for k in range(clients)]
+    widest = max(ranks)
     rng = np.random.default_rng(seed)
     parts = dirichlet(federation.topics, len(ranks), ALPHA, MIN_EXAMPLES, rng)
     orders = [_order(part, random.Random(1000 * seed + k)) for k, part in enumerate(parts)]
+    before = federation.before
     federation.unfold()
-    learned, began_s = federation.fresh(max(ranks), seed), time.perf_counter()
-    before = federation.evaluate(federation.test, learned.state(SCALE))
+    learned, began_s = federation.fresh(widest, seed), time.perf_counter()
     error: list[float] = []
     for number in range(rounds):
-        federation.wear([learned.resized(rank, seed + number).state(SCALE) for rank in ranks])
+        if strategy in FOLDED:
+            federation.unfold()
+            federation.fold(beyond(learned, widest))
+        worn = [widest if strategy in FOLDED else rank for rank in ranks]
+        federation.wear([learned.resized(rank, seed + number).state(SCALE) for rank in worn], ranks)
         batches = [[[next(order) for _ in range(batch)] for order in orders] for _ in range(steps)]
         federation.local_steps(batches, lr, only_B=name == "ffa")
         updates = [
@@ -203,19 +287,31 @@ def run(
         ]
         result = aggregator_named(name).aggregate(updates)
         if number == rounds - 1:
-            error = [_error(result, rank) for rank in sorted(set(ranks))]
-        if result.folds:
+            error = [_error(result, None if strategy in FOLDED else rank) for rank in sorted(set(ranks))]
+        if strategy == "flora-fresh":
             federation.fold(result.adapter)
-        learned = federation.fresh(max(ranks), seed + number + 1) if result.folds else result.adapter
+            learned = federation.fresh(widest, seed + number + 1)
+        elif strategy == "flora-principal":
+            learned = principal(plus(kept(learned, updates), result.mean), widest, seed + number + 1)
+        elif strategy == "ffa-folded":
+            learned = _same_A(kept(learned, updates), result.adapter)
+        else:
+            learned = result.adapter
     by_rank = {rank: learned.resized(rank).state(SCALE) for rank in sorted(set(ranks))}
+    if strategy in FOLDED:
+        federation.unfold()
+        federation.fold(beyond(learned, widest))
+        by_rank = dict.fromkeys(by_rank, learned.resized(widest).state(SCALE))
+    held_out = federation.validation if seed == SEARCH_SEED else federation.test
     return {
         "strategy": strategy,
         "seed": seed,
         "lr": lr,
+        "before": before,
         "rounds": rounds,
-        "before": round(before, 4),
-        "validation": _mean(federation.evaluate(federation.validation, s) for s in by_rank.values()),
-        "test": {rank: round(federation.evaluate(federation.test, s), 4) for rank, s in by_rank.items()},
+        "steps": steps,
+        "batch": batch,
+        "loss": _losses(federation, held_out, by_rank),
         "error": dict(zip(by_rank, error, strict=True)),
         "examples": [len(part) for part in parts],
         "seconds": round(time.perf_counter() - began_s, 1),
@@ -249,21 +345,20 @@ def summarise(files: Sequence[Path]) -> list[dict[str, Any]]:
         by_strategy[row["strategy"]].append(row)
     found = []
     for strategy, own in by_strategy.items():
-        search = {row["lr"]: row["validation"] for row in own if row["seed"] == SEARCH_SEED}
+        search = {row["lr"]: _mean(row["loss"].values()) for row in own if row["seed"] == SEARCH_SEED}
         runs = [row for row in own if row["seed"] != SEARCH_SEED]
-        losses = [_mean(row["test"].values()) for row in runs]
+        losses = [_mean(row["loss"].values()) for row in runs]
         found.append(
             {
                 "strategy": strategy,
                 "loss": _mean(losses),
                 "losses": losses,
-                "by_rank": {r: _mean(row["test"][r] for row in runs) for r in runs[0]["test"]},
-                "error_by_rank": {r: _mean(row["error"][r] for row in runs) for r in runs[0]["test"]},
-                "before": runs[0]["before"],
+                "by_rank": {r: _mean(row["loss"][r] for row in runs) for r in runs[0]["loss"]},
+                "error_by_rank": {r: _mean(row["error"][r] for row in runs) for r in runs[0]["loss"]},
                 "lr": runs[0]["lr"],
                 "search": search,
                 "seeds": [row["seed"] for row in runs],
-                "rounds": runs[0]["rounds"],
+                **{name: runs[0][name] for name in ("before", "rounds", "steps", "batch")},
             }
         )
     return sorted(found, key=lambda row: float(row["loss"]))
@@ -285,7 +380,24 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def _error(result: Aggregate, rank: int) -> float:
+def _losses(
+    federation: Federation, examples: Sequence[Example], by_rank: dict[int, Arrays]
+) -> dict[int, float]:
+    """Loss of each rank; those with the same state are evaluated once."""
+    found: dict[int, float] = {}
+    for state in by_rank.values():
+        if id(state) not in found:
+            found[id(state)] = round(federation.evaluate(examples, state), 4)
+    return {rank: found[id(state)] for rank, state in by_rank.items()}
+
+
+def _same_A(left: LoraAdapter, right: LoraAdapter) -> LoraAdapter:  # noqa: N802
+    """Sum of two adapters that have A in common."""
+    modules = {n: m.with_factors(m.A_RI, m.B_OR + right.modules[n].B_OR) for n, m in left.modules.items()}
+    return LoraAdapter(modules, right.rest)
+
+
+def _error(result: Aggregate, rank: int | None) -> float:
     return round(result.relative_error(None if result.folds else rank), 4)
 
 
@@ -298,13 +410,15 @@ def _mean(values: Any) -> float:
     return round(float(statistics.mean(values)), 4)
 
 
-def _examples(path: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[str], list[Example]]:
+def _examples(
+    path: Path, tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[list[str], list[Example]]:
     """Texts and token ids; entries without an answer within the limit are left out."""
     texts, examples = [], []
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         prompt = len(tokenizer(record["prompt"])["input_ids"])
-        ids = tokenizer(record["prompt"] + record["completion"])["input_ids"][:MAX_TOKENS]
+        ids = tokenizer(record["prompt"] + record["completion"])["input_ids"][:max_tokens]
         if len(ids) > prompt:
             texts.append(record["completion"])
             examples.append((ids, prompt))
@@ -322,6 +436,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--steps", type=int, default=5, help="local steps per round")
     parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--clients", type=int, default=9, help="their ranks are 4, 8, 16, 4, 8, ...")
+    parser.add_argument("--max-tokens", type=int, default=128, help="longest text")
     parser.add_argument("--cut", default="4:4")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--limit", type=int, default=None, help="evaluate on fewer examples")
@@ -334,13 +450,21 @@ def main() -> None:
     if arguments.table:
         print(table([json.loads(line) for line in arguments.table.read_text().splitlines()]))
         return
-    federation = Federation(arguments.model, arguments.data, arguments.device, arguments.cut, arguments.limit)
-    size = {name: getattr(arguments, name) for name in ("rounds", "steps", "batch")}
+    federation = Federation(
+        arguments.model,
+        arguments.data,
+        arguments.device,
+        arguments.cut,
+        arguments.limit,
+        max_tokens=arguments.max_tokens,
+        bf16=arguments.device == "cuda" or bool(torch.cpu.get_capabilities().get("avx512_bf16")),
+    )
+    size = {name: getattr(arguments, name) for name in ("rounds", "steps", "batch", "clients")}
     for strategy in arguments.strategies.split(","):
         tried = {}
         for lr in map(float, arguments.lrs.split(",")):
             row = run(federation, strategy, SEARCH_SEED, lr, **size)
-            tried[lr] = row["validation"]
+            tried[lr] = _mean(row["loss"].values())
             print(json.dumps(row), flush=True)
         for seed in map(int, arguments.seeds.split(",")):
             best = min(tried, key=lambda lr: tried[lr])

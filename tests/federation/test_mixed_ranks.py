@@ -121,12 +121,51 @@ def test_a_fold_is_what_the_adapter_did_and_comes_out_again(federation: Any) -> 
     assert federation.evaluate(federation.test, bare.state(2.0)) == before
 
 
-@pytest.mark.parametrize("strategy", ["flora", "flexlora", "ffa", "hetlora", "zeropad", "fedit-8"])
+EXACT = ["flora-principal", "flora-fresh", "ffa-folded"]
+
+
+@pytest.mark.parametrize("strategy", [*EXACT, "flexlora", "ffa", "hetlora", "zeropad", "fedit-8"])
 def test_a_run_learns(bench: ModuleType, federation: Any, strategy: str) -> None:
-    row = bench.run(federation, strategy, 0, 2e-2, rounds=2, steps=2, batch=2)
-    assert set(row["test"]) == ({8} if strategy == "fedit-8" else {4, 8, 16})
-    assert max(row["test"].values()) < row["before"]
-    assert (max(row["error"].values()) < 1e-4) == (strategy == "flora")
+    row = bench.run(federation, strategy, 0, 2e-2, rounds=2, steps=2, batch=2, clients=4)
+    assert set(row["loss"]) == ({8} if strategy == "fedit-8" else {4, 8, 16})
+    assert max(row["loss"].values()) < row["before"]
+    assert (max(row["error"].values()) < 1e-4) == (strategy in EXACT)
+    assert (len(set(row["loss"].values())) == 1) == (strategy in [*EXACT, "fedit-8"]), "whose weights differ"
+
+
+def test_directions_that_a_client_folded_count_but_do_not_learn(federation: Any) -> None:
+    """Worn without learning is what folding is: the same loss, the same gradients of what learns."""
+    whole = federation.fresh(16, 3)
+    rng = np.random.default_rng(0)
+    for module in whole.modules.values():
+        module.B_OR[:] = rng.normal(0, 0.1, module.B_OR.shape)
+    results = []
+    for folded in (False, True):
+        federation.unfold()
+        if folded:
+            federation.fold(sys.modules["tightbeam.common.federation"].beyond(whole, 4))
+            federation.wear([whole.resized(4).state(2.0)])
+        else:
+            federation.wear([whole.state(2.0)], [4])
+        federation.local_steps([[[0, 1, 2]]] * 2, 1e-2, only_B=False)
+        results.append(federation.undress(4, 0))
+    start = whole.resized(4).state(2.0)
+    for name, array in results[0].items():
+        np.testing.assert_allclose(array, results[1][name], rtol=1e-3, atol=2e-5, err_msg=name)
+        assert np.abs(array - start[name]).max() > 1e-3
+    for layer in federation.layers.values():
+        assert layer.A_KRI.shape[1] == 4
+
+
+def test_what_crosses_once_in_mode_top_gives_the_same_losses(
+    bench: ModuleType, places: tuple[Path, Path]
+) -> None:
+    whole, top = (bench.Federation(*places, "cpu", cut, 16) for cut in ("1:2", "0:2"))
+    bare = [federation.fresh(8, 0).state(2.0) for federation in (whole, top)]
+    one, other = whole.evaluate(whole.test, bare[0]), top.evaluate(top.test, bare[1])
+    assert other == pytest.approx(one, abs=1e-6)
+    assert len(bare[1]) < len(bare[0])
+    assert len(top.model.model.layers) == 2
 
 
 def test_topics_are_found_by_words(bench: ModuleType) -> None:
@@ -148,17 +187,17 @@ def test_validation_is_nobody_s_training_and_no_test(bench: ModuleType, places: 
 def test_the_summary_keeps_search_and_table_apart(bench: ModuleType, tmp_path: Path) -> None:
     def line(seed: int, lr: float, test: float) -> dict[str, Any]:
         ranks = {"4": test, "16": test + 1}
-        base = {"strategy": "flora", "before": 9.0, "rounds": 3, "validation": lr, "error": ranks}
-        return base | {"seed": seed, "lr": lr, "test": ranks}
+        base = {"strategy": "flora", "before": 9, "rounds": 3, "steps": 2, "batch": 1}
+        return base | {"seed": seed, "lr": lr, "loss": ranks, "error": ranks}
 
-    rows = [line(100, 0.1, 0.0), line(100, 0.2, 0.0), line(1, 0.1, 2.0), line(0, 0.1, 4.0)]
+    rows = [line(100, 0.1, 0.0), line(100, 0.2, 0.5), line(1, 0.1, 2.0), line(0, 0.1, 4.0)]
     path = tmp_path / "lines.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (found,) = bench.summarise([path])
     assert found["losses"] == [4.5, 2.5]
     assert found["loss"] == 3.5
     assert found["seeds"] == [0, 1]
-    assert found["search"] == {0.1: 0.1, 0.2: 0.2}
+    assert found["search"] == {0.1: 0.5, 0.2: 1.0}
     cut_off = found | {"strategy": "zeropad", "losses": [2.5], "seeds": [1]}
     table = bench.table([found, cut_off])
     assert "| flora | 3.5000 | 4.5000 | 2.5000 | 3.0000 |  | 4.0000 | 3 / 4 | 0.1 |" in table
