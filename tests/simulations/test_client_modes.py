@@ -1,5 +1,6 @@
 """A mode per client: a text crosses once in the whole experiment, and modes meet in one adapter."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from support.edge_runs import byte_tokenizer
 from support.federations import NUM_BLOCKS, Playground, spoiled
 from tightbeam.common.errors import FederationError
+from tightbeam.edge import connect
 from tightbeam.edge.data import collate, load_examples
 from tightbeam.edge.federation.adapter import LADDER
 from tightbeam.edge.side import Ladder
@@ -40,6 +42,24 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 def _block(name: str) -> int:
     return int(name.split(".layers.")[1].split(".")[0])
+
+
+def _require_the_evaluated_model(
+    playground: Playground, scenario: Scenario, name: str, side: str = "adapter"
+) -> None:
+    """What the server saved has, on the split model, the loss that a client of mode side reported."""
+    folder, own = scenario.folder / "adapter", scenario.folder / "clients" / name / "eval.jsonl"
+    examples = load_examples(own, byte_tokenizer(), max_length=48)
+    (cut,) = (one.options.cut for one in scenario.profiles() if one.name == name)
+    with connect(playground.address, insecure=True) as cloud:
+        split = cloud.load_model(cut)
+        model = peft.PeftModel.from_pretrained(split, folder)
+        cloud.load_side(scenario.folder / side, model)
+        with torch.no_grad():
+            loss = float(model(**collate(examples, 0)).loss)
+    rows = [r for r in playground.rows(scenario, "client_eval") if r["client"] == name]
+    assert loss == pytest.approx(rows[-1]["loss"], rel=1e-5)
+    assert loss != pytest.approx(rows[0]["loss"], rel=1e-4), "else an untrained one would do"
 
 
 @pytest.mark.parametrize("freeze", [None, 1], ids=["top", "frozen"])
@@ -170,6 +190,7 @@ def test_a_laptop_in_side_beside_a_gpu_box_in_ushape(playground: Playground, str
     alone = next(name for name, block in layers.items() if block == 1 and ".lora_B." in name)
     assert np.array_equal(state[alone], handed_in["0"][alone].astype(np.float64) * 2.0)
     assert any(array.any() for name, array in state.items() if ".leave." in name)
+    _require_the_evaluated_model(playground, scenario, "client-01")
 
 
 def test_side_learns_with_a_cache_and_leaves_a_network_that_loads(playground: Playground) -> None:
@@ -188,6 +209,7 @@ def test_side_learns_with_a_cache_and_leaves_a_network_that_loads(playground: Pl
     for name, tensor in saved.items():
         (full,) = (n for n in state if n.startswith(f"global/learned/{LADDER}") and n.endswith(f".{name}"))
         assert torch.equal(tensor, torch.from_numpy(state[full]).float()), name
+    _require_the_evaluated_model(playground, scenario, "client-00")
 
 
 def test_ladders_of_different_kinds_never_mix(playground: Playground) -> None:
@@ -199,6 +221,20 @@ def test_ladders_of_different_kinds_never_mix(playground: Playground) -> None:
     playground.run(scenario)
     kinds = {tuple(name.split(".")[1:3]) for name in playground.state(scenario) if f"/{LADDER}" in name}
     assert len(kinds) == 2
+    widths = {}
+    for _, digest in kinds:
+        plan = json.loads((scenario.folder / f"adapter/side-1-1-{digest}/side.json").read_text("utf-8"))
+        widths[plan["width"]] = f"adapter/side-1-1-{digest}"
+    assert not (scenario.folder / "adapter" / "side.json").exists(), "of which of them?"
+    for name, width in (("client-00", 12), ("client-01", 8)):
+        _require_the_evaluated_model(playground, scenario, name, widths[width])
+
+
+def test_a_local_ladder_is_not_in_the_servers_folder(playground: Playground) -> None:
+    scenario = playground.scenario(rounds=1, client={"mode": "side", "share": "top", "side": LITTLE})
+    playground.run(scenario)
+    assert not list((scenario.folder / "adapter").rglob("side*"))
+    assert (scenario.folder / "clients" / "client-00" / "adapter" / "side.json").exists()
 
 
 def test_a_layer_on_both_sides_of_a_cut_cannot_be_frozen(playground: Playground) -> None:

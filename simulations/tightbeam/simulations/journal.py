@@ -1,6 +1,6 @@
 """What the server writes down: the ledger of an experiment, and the state that a killed one resumes from.
 
-    ledger.jsonl              rows experiment, client_round, round, client_eval, evaluation
+    ledger.jsonl              rows experiment, side, client_round, round, client_eval, evaluation
     state/round-N.safetensors the global adapter in float64, and what server optimizers remember
     state/round-N.json        written last: with it, round N is complete
 

@@ -3,11 +3,12 @@
 No Flower here: arrays in, arrays and figures out. Names of arrays are those of PEFT's files.
 """
 
-from tightbeam.edge.federation.adapter import SplitAdapter
+from tightbeam.edge.federation.adapter import LADDER, SplitAdapter, ladder_prefix
 from tightbeam.edge.federation.lender import AdapterShape, Lender, held_bytes, pad_id
 from tightbeam.edge.federation.work import CachePlace, LocalTask, Work, Workplace
 
 __all__ = [
+    "LADDER",
     "AdapterShape",
     "CachePlace",
     "Lender",
@@ -16,5 +17,6 @@ __all__ = [
     "Work",
     "Workplace",
     "held_bytes",
+    "ladder_prefix",
     "pad_id",
 ]

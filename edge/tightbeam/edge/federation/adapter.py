@@ -25,12 +25,18 @@ from tightbeam.common.errors import UpdateRefusedError
 from tightbeam.common.federation import Arrays, LoraAdapter, LoraModule, fold
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.remote_trunk import RemoteTrunk
-from tightbeam.edge.side import save_side, side_of, side_parameters
+from tightbeam.edge.side import SidePlan, save_side, side_of, side_parameters
 
-__all__ = ["LADDER", "SplitAdapter"]
+__all__ = ["LADDER", "SplitAdapter", "ladder_prefix"]
 
 LADDER = "ladder."
 """Names of a ladder's arrays begin with it."""
+
+
+def ladder_prefix(plan: SidePlan) -> str:
+    """What the names of a ladder's arrays begin with: `ladder.<cut>.<digest>.`."""
+    digest = hashlib.sha256(json.dumps(plan.facts(), sort_keys=True).encode()).hexdigest()
+    return f"{LADDER}{plan.cut}.{digest[:12]}."
 
 
 class SplitAdapter:
@@ -120,11 +126,15 @@ class SplitAdapter:
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(new, folder)
 
+    @property
+    def side(self) -> SidePlan | None:
+        """What its side network was built for, if it has one."""
+        found = side_of(self.model)
+        return None if found is None else found.plan
+
     def _ladder_name(self, parameter: str) -> str:
-        side = side_of(self.model)
-        assert side is not None
-        digest = hashlib.sha256(json.dumps(side.plan.facts(), sort_keys=True).encode()).hexdigest()
-        return f"{LADDER}{side.plan.cut}.{digest[:12]}.{parameter}"
+        assert self.side is not None
+        return ladder_prefix(self.side) + parameter
 
     def _layer(self, name: str) -> nn.Module:
         layer: nn.Module = self.model.get_submodule(name.partition(".lora_")[0])

@@ -9,13 +9,14 @@ blocks act around the trunk, not through it.
 
 import hashlib
 import json
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from tightbeam.common.errors import CutError, FingerprintError, UsageError
@@ -24,7 +25,7 @@ from tightbeam.edge.side.ladder import side_parameters
 from tightbeam.edge.side.path import SidePath, SidePlan, plan_side, side_of, split_cut
 from tightbeam.proto.backbone_pb2 import Card
 
-__all__ = ["load_side", "save_side"]
+__all__ = ["load_side", "save_side", "write_side"]
 
 _FORMAT = "tightbeam.side/1"
 _NUMBERS, _FACTS = "side.safetensors", "side.json"
@@ -38,12 +39,17 @@ def save_side(folder: Path, model: PreTrainedModel | PeftModel) -> None:
     side = side_of(model)
     if side is None:
         raise UsageError("This model has no side network.", cure="Make one with add_side().")
+    write_side(folder, side.plan, {name: p.detach() for name, p in side_parameters(model).items()})
+
+
+def write_side(folder: Path, plan: SidePlan, ladder: Mapping[str, Tensor]) -> None:
+    """Write a side network of which there is no model here; raises `TightbeamError` as `save_side`."""
     digest = ""
-    if tensors := {name: p.detach().cpu().contiguous() for name, p in side_parameters(model).items()}:
-        data = save(tensors)
+    if ladder:
+        data = save({name: tensor.cpu().contiguous() for name, tensor in ladder.items()})
         digest = hashlib.sha256(data).hexdigest()
         atomic_write(folder / _NUMBERS, data)
-    facts = {"format": _FORMAT, **side.plan.facts(), "sha256": digest}
+    facts = {"format": _FORMAT, **plan.facts(), "sha256": digest}
     atomic_write(folder / _FACTS, json.dumps(facts, indent=2) + "\n")
 
 
@@ -88,8 +94,7 @@ def _read_plan(path: Path) -> tuple[SidePlan, str]:
     try:
         facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if facts["format"] == _FORMAT:
-            known = {field.name: facts[field.name] for field in fields(SidePlan)}
-            return SidePlan(**{**known, "taps": tuple(known["taps"])}), facts["sha256"]
+            return SidePlan.of(facts), facts["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UsageError(

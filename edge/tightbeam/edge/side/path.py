@@ -13,10 +13,10 @@ N = tokens, D = hidden size, W = D and the width of all taps.
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import torch
 from peft import PeftModel
@@ -59,6 +59,12 @@ class SidePlan:
 
 class SidePath(TrunkShortcut):
     """Stands behind a `RemoteTrunk` for good; a cache comes and goes."""
+    @classmethod
+    def of(cls, facts: Mapping[str, Any]) -> Self:
+        """Inverse of `facts`, whatever else is there; raises KeyError or TypeError when something is not."""
+        known = {field.name: facts[field.name] for field in fields(cls)}
+        return cls(**{**known, "taps": tuple(known["taps"])})
+
 
     trains_below = True
 

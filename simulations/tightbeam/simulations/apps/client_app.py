@@ -91,7 +91,7 @@ def secure(message: Message, context: Context) -> Message:
 
 @app.query("layers")
 def layers(message: Message, context: Context) -> Message:
-    """Name the tensors that this client shares, with their shapes, and which layers are below its cut."""
+    """Name the tensors that this client shares, with their shapes, layers below its cut, and its ladder."""
 
     def work(client: Client) -> RecordDict:
         with client.cloud(f"layers-{uuid.uuid4().hex[:8]}") as cloud:
@@ -99,7 +99,8 @@ def layers(message: Message, context: Context) -> Message:
             shared = lent.shared(client.profile.options.share)
             shapes = {name: shape for name, shape in lent.layers().items() if name in shared}
             below = sorted({name.partition(".lora_")[0] for name in lent.below & shared})
-            facts = {"shapes": shapes, "below": below, "backbone": backbone_facts(cloud)}
+            side = lent.side.facts() if lent.side and client.profile.options.share == "all" else None
+            facts = {"shapes": shapes, "below": below, "side": side, "backbone": backbone_facts(cloud)}
         return _notes(client=client.profile.name, status="ok", layers=json.dumps(facts))
 
     return _answer(message, context, work)

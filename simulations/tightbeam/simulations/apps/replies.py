@@ -8,7 +8,7 @@ from flwr.app import ArrayRecord, Message
 
 from tightbeam.common.errors import TightbeamError, UpdateRefusedError, error_from_code
 from tightbeam.common.federation import LoraAdapter, Update, check_update
-from tightbeam.edge.federation.adapter import LADDER
+from tightbeam.edge.federation import LADDER
 from tightbeam.simulations.global_adapter import from_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Row

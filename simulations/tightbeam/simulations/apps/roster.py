@@ -15,6 +15,8 @@ from flwr.serverapp import Grid
 
 from tightbeam.common.errors import FederationError, TightbeamError
 from tightbeam.common.federation import LoraAdapter
+from tightbeam.edge.federation import ladder_prefix
+from tightbeam.edge.side import SidePlan
 from tightbeam.simulations.apps.replies import Node, failure_of
 from tightbeam.simulations.global_adapter import layers_of
 from tightbeam.simulations.scenario import ClientProfile, Scenario
@@ -36,6 +38,7 @@ class Roster:
     scenario: Scenario
     nodes: dict[str, Node] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)  # of the backbone that all have
+    sides: dict[str, dict[str, Any]] = field(default_factory=dict)  # that are shared, by `ladder_prefix`
     _places: dict[_Place, tuple[LoraAdapter, frozenset[str]]] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
 
@@ -95,6 +98,8 @@ class Roster:
                     f"{profile.name} has another backbone than the clients before it.",
                     cure="Connect all clients to clouds of one backbone.",
                 )
+            if told["side"] is not None:
+                self.sides[ladder_prefix(SidePlan.of(told["side"]))] = told["side"]
             self._places[place] = layers_of(told["shapes"], profile.name), frozenset(told["below"])
         return self._places[place]
 

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from tightbeam.common.errors import FederationError
 from tightbeam.common.federation import LoraAdapter
+from tightbeam.edge.side import SidePlan
 from tightbeam.simulations.apps.roster import ANSWER_S, Roster
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.apps.strategy import FederatedLora
@@ -41,12 +42,13 @@ def main(grid: Grid, context: Context) -> None:
     if not any(row["row"] == "experiment" for row in journal.rows):
         told = {"scenario": settings.scenario.numbers(), "backbone": roster.facts, "shaped": settings.shape}
         journal.append("experiment", **told)
+    _note_sides(journal, roster)
     strategy = FederatedLora(settings.scenario, nodes, journal)
     final = run_rounds(strategy, grid, state, roster)
     if final.learned.modules:
-        save_global_adapter(
-            settings.folder / "adapter", final, settings.scenario.adapter.scale, roster.facts["model"]
-        )
+        place, scale = settings.folder / "adapter", settings.scenario.adapter.scale
+        sides = {row["name"]: SidePlan.of(row["facts"]) for row in journal.rows if row["row"] == "side"}
+        save_global_adapter(place, final, scale, roster.facts["model"], sides)
 
 
 def run_rounds(strategy: FederatedLora, grid: Grid, state: State | None, roster: Roster) -> GlobalAdapter:
@@ -97,12 +99,20 @@ def _welcome(strategy: FederatedLora, number: int, roster: Roster, arrays: Array
     if not admitted:
         return arrays
     strategy.admit(admitted)
+    _note_sides(strategy.journal, roster)
     for node in admitted:
         strategy.journal.append("joined", round=number, client=node.profile.name, reason="")
     begin, now = _fresh(roster), GlobalAdapter.from_arrays(from_record(arrays))
     modules = {**begin.learned.modules, **now.learned.modules}
     rest = {**begin.learned.rest, **now.learned.rest}
     return to_record(replace(now, learned=LoraAdapter(modules, rest)).arrays())
+
+
+def _note_sides(journal: Journal, roster: Roster) -> None:
+    """Keep what the ladders were built for: at the end, after a kill, those who know it may be gone."""
+    known = {row["name"] for row in journal.rows if row["row"] == "side"}
+    for name in sorted(roster.sides.keys() - known):
+        journal.append("side", name=name, facts=roster.sides[name])
 
 
 def _evaluate(strategy: FederatedLora, grid: Grid, number: int, arrays: ArrayRecord) -> None:
