@@ -17,6 +17,7 @@ from tightbeam.common.config import Codecs, Recipe
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.runs import RunFolder
 from tightbeam.edge.channel import Channel, Exchange
+from tightbeam.edge.deltas import EdgeDeltas
 from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
@@ -105,10 +106,12 @@ def train_over(
         names = {
             name: "fp32" if value == "auto" else value for name, value in recipe.codec.model_dump().items()
         }
+        codecs = Codecs(**names)
         stepper = Stepper(
             run,
             lambda: _Recorder(cloud.open_channel(run, recipe.cut), crossing),
-            Codecs(**names),
+            codecs,
+            deltas=None if codecs == codecs.alone else EdgeDeltas(codecs, 1e9),
             max_tokens_per_step=cloud.card.limits.max_tokens_per_step,
             share_prefixes=share_prefixes,
             on_row=on_row,

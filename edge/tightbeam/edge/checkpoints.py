@@ -5,6 +5,7 @@
         side.safetensors                                  the ladder of mode side
         optimizer.safetensors                             AdamW's tensors, as <parameter number>/<name>
         rng.safetensors                                   random states of torch, per device
+        deltas-NNN.safetensors                            what delta codecs remember, sealed (delta_files.py)
         state.json                                        position, schedule, other random states
         manifest.json                                     SHA-256 of every file above
 
@@ -109,8 +110,9 @@ def save_checkpoint(
     random_state: RandomState,
     numbers_sha256: str,
     keep: int,
+    also: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `step-N` and drop all but the newest `keep`.
+    """Write `step-N`, with what `also` puts into its folder, and drop all but the newest `keep`.
 
     Raises:
         TightbeamError: it could not be written, a full disk for example; older checkpoints are intact.
@@ -123,14 +125,17 @@ def save_checkpoint(
     try:
         _remove_leftovers(folder)
         temporary.mkdir(parents=True)
+        if also is not None:
+            also(temporary)
         _write_files(temporary, model, optimizer, scheduler, position, random_state, numbers_sha256)
         if final.exists():
             shutil.rmtree(final)  # verify() found it broken
         os.replace(temporary, final)
         sync_folder(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise write_failed(final, safetensors_os_error(error)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     _prune(folder, keep)
     return final
 

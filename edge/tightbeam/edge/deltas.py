@@ -10,6 +10,7 @@ N = rows, D = hidden size.
 
 import hmac
 import secrets
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -62,6 +63,23 @@ class EdgeDeltas:
             while len(store):
                 store.drop_oldest()
 
+    def entries(self) -> Iterator[bytes]:
+        """Everything that `restore` needs: the secret, then a direction, key and rows for each base."""
+        yield self._secret
+        for direction, store in enumerate((self._up, self._down)):
+            for key, rows in store.items() if store is not None else ():
+                yield bytes([direction]) + key + rows.view(torch.uint8).numpy().tobytes()
+
+    def restore(self, entries: Iterator[bytes], size: int) -> None:
+        """Remember what another process did; rows have `size` elements."""
+        self.clear()
+        self._secret = next(entries)
+        for entry in entries:
+            store, key = (self._up, self._down)[entry[0]], entry[1 : 1 + KEY_BYTES]
+            rows = torch.frombuffer(bytearray(entry[1 + KEY_BYTES :]), dtype=torch.bfloat16).view(-1, size)
+            if store is not None:
+                store.remember(Samples((key,), (len(rows),), size), rows)
+
     def begin(self, job: Job, hidden_ND: Tensor, input_ids_N: Tensor) -> "DeltaStep":
         """Put the tensor of a forward whose backward follows into its request; `NonFiniteError`."""
         samples = self._samples(job.segments, input_ids_N, hidden_ND.shape[1])
@@ -84,8 +102,8 @@ class EdgeDeltas:
         self._crossed.update(samples.keys)
 
     def lost(self, samples: Samples, session: int) -> None:
-        """The cloud lacks these. If it had them in the same session, it is short of memory: forget half."""
-        if session != self._session or self._crossed.isdisjoint(filter(None, samples.keys)):
+        """The cloud lacks one of these. If it had all in this session, it is short of memory: forget half."""
+        if session != self._session or not self._crossed.issuperset(filter(None, samples.keys)):
             return
         for store in (self._up, self._down):
             keep_bytes = store.num_bytes / 2 if store is not None else 0

@@ -29,6 +29,7 @@ from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
 from tightbeam.edge.data import IGNORED, Example, collate, load_dataset, split_examples
+from tightbeam.edge.delta_files import DeltaFiles
 from tightbeam.edge.export import save_adapter
 from tightbeam.edge.interrupts import StopRequest
 from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
@@ -135,6 +136,14 @@ class _Training:
         )
         if self.recipe.mode == "side":
             self._add_side()
+        self.deltas = DeltaFiles.of(
+            self.loaded.model,
+            self.loaded.fingerprint,
+            self.recipe.cut,
+            self.folder.path / "deltas",
+            secret=self.loaded.cache_secret,
+            say=self._warn,
+        )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         section = self.recipe.train
         self.optimizer = torch.optim.AdamW(self.trained, lr=section.lr, weight_decay=section.weight_decay)
@@ -310,15 +319,15 @@ class _Training:
         return train, datasets[1].examples if len(datasets) > 1 else []
 
     def _resume(self) -> Position:
-        path = latest(
-            self.folder.checkpoints, lambda line: self.console.print(line, style="yellow", markup=False)
-        )
+        path = latest(self.folder.checkpoints, self._warn)
         if path is None:
             self.console.print(
                 f"{self.folder.path} has no checkpoint yet: starting at step 0.", highlight=False
             )
             return Position()
         self.console.print(f"Going on from {path}.", markup=False, highlight=False)
+        if self.deltas is not None:
+            self.deltas.load(path)
         return load_checkpoint(
             path,
             model=self.model,
@@ -326,6 +335,9 @@ class _Training:
             scheduler=self.scheduler,
             numbers_sha256=self.recipe.numbers_sha256(),
         )
+
+    def _warn(self, line: str) -> None:
+        self.console.print(line, style="yellow", markup=False, highlight=False)
 
     def _job(self) -> Job:
         return Job(
@@ -337,7 +349,7 @@ class _Training:
             fingerprint=self.loaded.fingerprint,
             cache_folder=self.recipe.cache.dir or self.folder.path / "cache",
             cache_secret=self.loaded.cache_secret,
-            say=lambda line: self.console.print(line, style="yellow", markup=False, highlight=False),
+            say=self._warn,
             moved_bytes=self._moved_bytes,
         )
 
@@ -357,6 +369,7 @@ class _Training:
             random_state=RandomState.capture(),
             numbers_sha256=self.recipe.numbers_sha256(),
             keep=self.recipe.train.keep_checkpoints,
+            also=None if self.deltas is None else self.deltas.save,
         )
 
     def _describe(self) -> None:

@@ -111,6 +111,10 @@ class BaseStore:
             for key, shape in _shapes(samples)
         )
 
+    def items(self) -> Iterator[tuple[bytes, Tensor]]:
+        """Keys and their latest rows, the one used longest ago first."""
+        return ((key, versions[-1].rows) for key, versions in self._versions.items())
+
     def find(self, samples: Samples, checks: Sequence[bytes]) -> Bases:
         """What the leader named.
 
