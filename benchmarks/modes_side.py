@@ -10,7 +10,7 @@ import torch
 from benchmarks.modes_job import Job, Mode, recode_rows
 from torch import Tensor, nn
 
-from tightbeam.common.backbone import Projection, Segments
+from tightbeam.common.backbone import Projection, Segments, SegmentTable
 from tightbeam.edge.side import Ladder, choose_taps
 
 WIDTH, HEADS = 192, 4  # the edge's own defaults
@@ -69,7 +69,7 @@ class SideJob(Job):
             ]
             lengths = keep_BT.sum(1).tolist()
             segments = Segments(tuple(lengths), torch.cat([torch.arange(length) for length in lengths]))
-            out_ND = out_ND + self.ladder(adapted_ND, taps_NP, segments)
+            out_ND = out_ND + self.ladder(adapted_ND, taps_NP, SegmentTable(segments, self.device))
         out_BTD = torch.zeros_like(adapted_BTD)
         out_BTD[keep_BT] = out_ND.to(out_BTD.dtype)
         return out_BTD

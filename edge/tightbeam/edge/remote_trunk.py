@@ -3,7 +3,7 @@
 Padding never crosses. After the trunk it is zeros, so what the model puts out *at* padding differs from the
 whole model, where it is noise; what it puts out at tokens does not.
 
-B = batch, T = padded length, N = real tokens, D = hidden size.
+B = batch, T = padded length, N = real tokens, M = rows (N unless tokens share some), D = hidden size.
 """
 
 import inspect
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tightbeam.common.backbone import Anatomy, Packer, Segments
+from tightbeam.common.backbone import Anatomy, Packer, Segments, SegmentTable
 from tightbeam.common.costs.rows import Purpose
 from tightbeam.common.errors import UsageError
 from tightbeam.edge.stepper import Stepper
@@ -26,8 +26,8 @@ class Shortcut(Protocol):
 
     trains_below: bool  # whether what is trained below the cut has another way than through the trunk
 
-    def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
-        """Hidden states after the trunk, `[N, D]`; differentiable only if something is trained below."""
+    def answer(self, hidden_MD: Tensor, table: SegmentTable) -> Tensor:
+        """Hidden states after the trunk, `[M, D]`; differentiable only if something is trained below."""
         ...
 
 
@@ -66,7 +66,10 @@ class RemoteTrunk(nn.Module):
                 "Something below the cut is trained, so the trunk cannot answer from a cache.",
                 cure="Freeze the bottom, its embeddings and adapters included, or use mode ushape.",
             )
-        out_ND = self.shortcut.answer(hidden_ND, packer.segments)
+        table = kwargs.get("segments")  # of a caller who packs, and may let tokens share rows
+        if not isinstance(table, SegmentTable):
+            table = SegmentTable(packer.segments, hidden_ND.device)
+        out_ND = self.shortcut.answer(hidden_ND, table)
         return packer.unpack(out_ND.to(hidden_ND.device, hidden_ND.dtype))
 
     def _packed_ids(self, packer: Packer) -> Tensor | None:

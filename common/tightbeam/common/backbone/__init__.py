@@ -1,6 +1,6 @@
 """How a transformers model is cut and run on packed rows."""
 
-from tightbeam.common.backbone.attention import PACKED_ATTENTION, SegmentTable, packed_attention
+from tightbeam.common.backbone.attention import PACKED_ATTENTION, SegmentTable, SharedRows, packed_attention
 from tightbeam.common.backbone.checkpoint import Blob, Checkpoint, fingerprint, resolve_model
 from tightbeam.common.backbone.cuts import Cut, CutPolicy
 from tightbeam.common.backbone.families import FAMILIES, Anatomy, check_family, dissect
@@ -26,6 +26,7 @@ __all__ = [
     "SegmentTable",
     "Segments",
     "SelfTest",
+    "SharedRows",
     "Taps",
     "Trunk",
     "build_skeleton",

@@ -4,10 +4,16 @@ Registered with transformers' `AttentionInterface`, so that a stock decoder laye
 Borders come only from the `SegmentTable` the caller passes; positions serve rotary embeddings and nothing
 else. A dense mask would let one sequence's NaN reach all others (0 * NaN), which separate calls cannot.
 
-H = query heads, K = key/value heads, N = packed tokens, n = tokens of one segment, E = head size.
+Tokens of several segments that follow the same tokens at the same positions have the same hidden state, so
+they can share a row: everything but attention is then computed once for all of them, and queries, keys and
+values are laid out per token only here.
+
+H = query heads, K = key/value heads, N = packed tokens, M = rows (N unless some are shared), n = tokens of
+one segment, E = head size.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +23,24 @@ from transformers import AttentionInterface
 from tightbeam.common.backbone.packing import Segments
 from tightbeam.common.errors import UnsupportedModelError
 
-__all__ = ["PACKED_ATTENTION", "SegmentTable", "packed_attention"]
+__all__ = ["PACKED_ATTENTION", "SegmentTable", "SharedRows", "packed_attention"]
 
 PACKED_ATTENTION = "tightbeam_packed"
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRows:
+    """Which row each token has, where tokens share rows; both on the device of the rows."""
+
+    row_N: Tensor  # int64, each token's row
+    token_M: Tensor  # int64, each row's first token
 
 
 class SegmentTable:
     """Segment borders in the forms that kernels want, made once per step; counts the attention calls."""
 
-    def __init__(self, segments: Segments, device: torch.device) -> None:
+    def __init__(self, segments: Segments, device: torch.device, shared: SharedRows | None = None) -> None:
+        self.segments, self.device, self.shared = segments, device, shared
         self.lengths = segments.lengths
         self.bounds = segments.bounds
         self.num_calls = 0
@@ -34,12 +49,25 @@ class SegmentTable:
             ends = [0, *(stop for _, stop in self.bounds)]
             self.cumulative_S1 = torch.tensor(ends, dtype=torch.int32, device=device)
 
+    @property
+    def row_positions(self) -> Tensor:
+        """Each row's position, `[M]`."""
+        return self.pick(self.segments.positions_N.to(self.device))
+
+    def pick(self, tensor_N: Tensor) -> Tensor:
+        """Of what every token has, `[N, ...]`, what every row has, `[M, ...]`."""
+        return tensor_N if self.shared is None else tensor_N.index_select(0, self.shared.token_M)
+
+    def spread(self, tensor_M: Tensor) -> Tensor:
+        """What every token has, `[N, ...]`, of the rows."""
+        return tensor_M if self.shared is None else tensor_M.index_select(0, self.shared.row_N)
+
 
 def packed_attention(
     module: nn.Module,
-    query_1HNE: Tensor,
-    key_1KNE: Tensor,
-    value_1KNE: Tensor,
+    query_1HME: Tensor,
+    key_1KME: Tensor,
+    value_1KME: Tensor,
     attention_mask: Tensor | None,
     *,
     segments: SegmentTable,
@@ -49,7 +77,7 @@ def packed_attention(
     softcap: float | None = None,
     **unused: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention of each segment alone; returns `[1, N, H, E]` and no weights.
+    """Causal attention of each segment alone; returns `[1, M, H, E]` and no weights.
 
     Honours `sliding_window` and `softcap`; refuses what it cannot honour.
     """
@@ -59,27 +87,46 @@ def packed_attention(
     assert dropout == 0.0, "the trunk runs in eval mode"
     segments.num_calls += 1
     window = sliding_window if sliding_window and max(segments.lengths) > sliding_window else None
+    if segments.shared is None:
+        return _attend(segments, query_1HME, key_1KME, value_1KME, scaling, window, softcap), None
+    row_N, token_M = segments.shared.row_N, segments.shared.token_M
+    query_1HNE, key_1KNE, value_1KNE = (x.index_select(2, row_N) for x in (query_1HME, key_1KME, value_1KME))
+    out_1NHE = _attend(segments, query_1HNE, key_1KNE, value_1KNE, scaling, window, softcap)
+    return out_1NHE.index_select(1, token_M), None
+
+
+def _attend(
+    segments: SegmentTable,
+    query_1HNE: Tensor,
+    key_1KNE: Tensor,
+    value_1KNE: Tensor,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`[1, N, H, E]` by the kernel that fits."""
     if softcap is not None:
         out = [
             _softcapped(q, k, v, scaling, window, softcap)
             for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)
         ]
-        return torch.cat(out, dim=2).transpose(1, 2), None
+        return torch.cat(out, dim=2).transpose(1, 2)
     if segments.cumulative_S1 is not None and query_1HNE.dtype != torch.float32:
-        return _varlen(segments, query_1HNE, key_1KNE, value_1KNE, scaling, window), None
+        return _varlen(segments, query_1HNE, key_1KNE, value_1KNE, scaling, window)
     if len(set(segments.lengths)) == 1:  # equal lengths: one batched call
         num, (heads, width) = len(segments.lengths), (query_1HNE.shape[1], query_1HNE.shape[3])
         q, k, v = (
             x.view(x.shape[1], num, -1, width).transpose(0, 1) for x in (query_1HNE, key_1KNE, value_1KNE)
         )
         out_SHnE = _sdpa(q, k, v, scaling, window)
-        return out_SHnE.transpose(1, 2).reshape(1, -1, heads, width), None
+        return out_SHnE.transpose(1, 2).reshape(1, -1, heads, width)
     out = [_sdpa(q, k, v, scaling, window) for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)]
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 def _pieces(segments: SegmentTable, *tensors_1XNE: Tensor) -> Iterable[tuple[Tensor, ...]]:
-    return ((tuple(x[:, :, start:stop] for x in tensors_1XNE)) for start, stop in segments.bounds)
+    # split, not slices: the backward of a slice fills a whole tensor with zeros
+    return zip(*(x.split(segments.lengths, dim=2) for x in tensors_1XNE), strict=True)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scaling: float | None, window: int | None) -> Tensor:

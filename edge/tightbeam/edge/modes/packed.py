@@ -1,10 +1,10 @@
-"""A training batch as packed rows: no padding is computed, and logits for learned tokens only.
+"""A training batch as packed rows: no padding is computed, shared beginnings once, logits for learned tokens.
 
 The output head is the largest matrix at the edge (SmolLM2: 28 M weights against 3.5 M of a block), and most
-tokens of a chat have no loss. Which rows a token attends to is the same as in the padded batch, and so is the
-mean over learned tokens: the loss differs from the model's own in rounding only.
+tokens of a chat have no loss. What a token attends to is the same as in the padded batch, and so is the mean
+over learned tokens: the loss differs from the model's own in rounding only.
 
-B = batch, T = padded length, N = real tokens, L = tokens with a loss, V = vocabulary.
+B = batch, T = padded length, N = real tokens, M = rows, L = tokens with a loss, V = vocabulary.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from tightbeam.common.backbone import PACKED_ATTENTION, Segments, SegmentTable
+from tightbeam.common.backbone import PACKED_ATTENTION
 from tightbeam.edge.cache import sample_digest
 from tightbeam.edge.data import IGNORED
+from tightbeam.edge.packed_rows import PackedRows
 
 __all__ = ["PackedBatch", "packed_attention_in", "packed_loss"]
 
@@ -27,8 +28,7 @@ __all__ = ["PackedBatch", "packed_attention_in", "packed_loss"]
 class PackedBatch:
     """The real tokens of a padded batch, sequence after sequence."""
 
-    input_ids_N: Tensor
-    segments: Segments
+    rows: PackedRows
     place_L: Tensor  # of the tokens whose successor is learned
     target_L: Tensor  # that successor
 
@@ -40,27 +40,22 @@ class PackedBatch:
         next_BT[:, :-1] = batch["labels"][:, 1:]
         next_N = next_BT[keep_BT]
         lengths = tuple(int(n) for n in keep_BT.sum(1).tolist() if n)
-        positions_N = torch.cat([torch.arange(n) for n in lengths])
         place_L = (next_N != IGNORED).nonzero().flatten()
-        return cls(batch["input_ids"][keep_BT], Segments(lengths, positions_N), place_L, next_N[place_L])
+        return cls(PackedRows.of(batch["input_ids"][keep_BT], lengths), place_L, next_N[place_L])
 
     @property
     def digests(self) -> list[bytes]:
         """What the cache calls each sequence."""
-        ids, positions = self.input_ids_N.tolist(), self.segments.positions_N.tolist()
-        return [sample_digest(ids[a:b], positions[a:b]) for a, b in self.segments.bounds]
+        segments = self.rows.segments
+        ids, positions = self.rows.input_ids_N.tolist(), segments.positions_N.tolist()
+        return [sample_digest(ids[a:b], positions[a:b]) for a, b in segments.bounds]
 
 
 def packed_loss(model: nn.Module, packed: PackedBatch) -> Tensor:
     """Mean cross-entropy over the learned tokens, in nats; the model must be in `packed_attention_in`."""
-    device = packed.input_ids_N.device
-    logits_1LV = model(
-        input_ids=packed.input_ids_N[None],
-        position_ids=packed.segments.positions_N[None].to(device),
-        segments=SegmentTable(packed.segments, device),
-        logits_to_keep=packed.place_L,
-        use_cache=False,
-    ).logits
+    shared = packed.rows.shared
+    row_L = packed.place_L if shared is None else shared.row_N[packed.place_L]
+    logits_1LV = model(**packed.rows.inputs(), logits_to_keep=row_L, use_cache=False).logits
     return cross_entropy(logits_1LV[0].float(), packed.target_L)
 
 

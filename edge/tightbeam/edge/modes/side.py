@@ -1,11 +1,12 @@
 """Mode `side`: top blocks, a ladder and the bottom's bypass are trained on activations that cross once.
 
 What crosses is that of mode `top`, cut activations up and the trunk's answer down, and the taps beside the
-answer. Unlike there, the bottom runs in every step, twice when it has an adapter.
+answer. Unlike there, a bottom that has an adapter runs in every step. Its cut activations without it are kept
+beside the answer, as long as all answers fit too.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
@@ -14,9 +15,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tightbeam.common.costs.flops import EdgeFlops, attention_width, linear_params
-from tightbeam.edge.cache import Scope
-from tightbeam.edge.cache.shortcut import TrunkShortcut
-from tightbeam.edge.data import Example
+from tightbeam.edge.cache import ActivationCache, Scope
+from tightbeam.edge.cache.filler import Sample
+from tightbeam.edge.cache.shortcut import TrunkShortcut, passed_through
 from tightbeam.edge.modes.frozen import FrozenPhase
 from tightbeam.edge.modes.top import Top
 from tightbeam.edge.side import SidePath, side_of
@@ -40,34 +41,40 @@ class _SidePhase(FrozenPhase):
     def _shortcut(self, dtype: torch.dtype, width: int) -> Iterator[TrunkShortcut]:
         side = self._side()
         side.cache = self.cache
+        side.keeps_bottom = self.cache is not None and self._has_room(self.cache, side)
         try:
             yield side
         finally:
             side.cache = None
 
+    def _has_room(self, cache: ActivationCache, side: SidePath) -> bool:
+        """Whether the cut activations fit beside the answers that are still to come."""
+        samples = {Sample(e.input_ids).digest: len(e.input_ids) for e in (*self.job.train, *self.job.eval)}
+        answers = sum(side.answer_bytes(n) for digest, n in samples.items() if digest not in cache)
+        return cache.has_room(answers + sum(map(side.bottom_bytes, samples.values())), 2 * len(samples))
+
     def _count_flops(self) -> None:
-        """As a walk over the model finds them; the ladder's attention and the frozen pass are put right."""
+        """As a walk over the model finds them; the ladder's attention is put right."""
         base, ladder = self.job.model.get_base_model(), self._side().ladder
         head = base.get_output_embeddings()
         self._head_weights = linear_params(head) if head is not None else 0
-        found, width = EdgeFlops.from_model(self.job.model), attention_width(base.config)
-        again, more_forward, more_backward = 0, 0, 0
+        width, more_forward, more_backward = attention_width(base.config), 0, 0
         bottom = [self.parts.blocks[i] for i in self.parts.bottom]
-        bare = sum(map(_backbone_weights, bottom))
         self._below = EdgeFlops(
-            forward_weights=bare,
+            forward_weights=sum(map(_backbone_weights, bottom)),
             backward_weights=0,
             forward_attention=4 * width * len(bottom),
             backward_attention=0,
         )
-        if any(isinstance(inner, BaseTunerLayer) for block in bottom for inner in block.modules()):
-            again, more_forward = bare, 4 * width * len(bottom)
+        adapted = any(isinstance(inner, BaseTunerLayer) for block in bottom for inner in block.modules())
+        with nullcontext() if adapted else passed_through(self.parts.blocks, self.parts.bottom):
+            found = EdgeFlops.from_model(self.job.model)
         if ladder is not None:  # the walk took it for one block of the backbone's width
             rungs = sum(stage.mix.in_features for stage in ladder.rungs())
             more_forward += 4 * (rungs - width)
             more_backward += 8 * (rungs - width)
         self._top = EdgeFlops(
-            forward_weights=found.forward_weights + again,
+            forward_weights=found.forward_weights,
             backward_weights=found.backward_weights,
             forward_attention=found.forward_attention + more_forward,
             backward_attention=found.backward_attention + more_backward,
@@ -83,10 +90,6 @@ class Side(Top):
     """The loop of mode `top` over a model with a side path."""
 
     phase_type = _SidePhase
-
-    def filling_flops(self, examples: Sequence[Example]) -> int:
-        """Operations of the bare bottom on what crosses ahead; without a cache the steps count them."""
-        return 0 if self._phase.cache is None else super().filling_flops(examples)
 
 
 def _backbone_weights(block: nn.Module) -> int:

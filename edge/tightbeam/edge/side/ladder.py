@@ -9,7 +9,7 @@ After Ladder Side-Tuning (arXiv 2206.06522) with QST's wider ends (arXiv 2401.07
 `out` starts at zero, so step 0 is the backbone. A stage is pre-norm causal attention with rotary positions
 and a SwiGLU. Nothing runs backward through the trunk: a tap is a constant.
 
-N = tokens, D = hidden size of the backbone, W = width of the ladder, P = elements of a tap.
+N = rows, D = hidden size of the backbone, W = width of the ladder, P = elements of a tap.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from tightbeam.common.backbone import Segments, SegmentTable, packed_attention
+from tightbeam.common.backbone import SegmentTable, packed_attention
 
 __all__ = ["Ladder", "side_parameters"]
 
@@ -43,10 +43,9 @@ class Ladder(nn.Module):
         self.leave = nn.Linear(width, hidden_size, bias=False)
         nn.init.zeros_(self.leave.weight)
 
-    def forward(self, cut_ND: Tensor, taps_NP: Iterable[Tensor], segments: Segments) -> Tensor:
+    def forward(self, cut_ND: Tensor, taps_NP: Iterable[Tensor], table: SegmentTable) -> Tensor:
         """The change `[N, D]` in the dtype of `cut_ND`; taps in the order of their blocks."""
-        table = SegmentTable(segments, cut_ND.device)
-        turn_NE = self._rotary(segments.positions_N.to(cut_ND.device))
+        turn_NE = self._rotary(table.row_positions)
         x_NW = self.enter(self.norm_in(cut_ND.float()))
         for (name, stage), tap_NP in zip(self.stages.items(), taps_NP, strict=True):
             share = torch.sigmoid(self.gates[name])

@@ -1,17 +1,19 @@
 """The side path: what the cloud and the cache see stays frozen, what is trained goes around the trunk.
 
-The bottom blocks run twice. Without their adapters and in evaluation mode they give the cut activations,
-which never change: they cross, once a sample, and the answer is cached. With their adapters they give
-what the top is to see. The top blocks get
+Without their adapters and in evaluation mode the bottom blocks give the cut activations, which never change:
+they cross, once a sample, and a cache keeps the answer, and them beside it. With their adapters the bottom
+blocks give what the top is to see; where they have none they run only for samples that are not kept. The top
+blocks get
 
     trunk(frozen)  +  (adapted - frozen)  +  ladder(adapted, taps)
 
 The middle term is the residual stream: what a block adds below the trunk would reach the top through it.
 Every gradient stays at the edge, and at step 0 both changes are zero, so the model is the backbone.
 
-N = tokens, D = hidden size, W = D and the width of all taps.
+N = tokens, M = rows (N unless tokens share some), D = hidden size, W = D and the width of all taps.
 """
 
+import hashlib
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,10 +26,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tightbeam.common.backbone import Cut, Segments, Taps
+from tightbeam.common.backbone import Cut, Segments, SegmentTable, Taps
 from tightbeam.common.errors import UsageError
-from tightbeam.edge.cache.rows import unpack_entry
-from tightbeam.edge.cache.shortcut import FrozenParts, TrunkShortcut
+from tightbeam.common.wire.codecs import codec
+from tightbeam.edge.cache.rows import storage_codec, unpack_entry
+from tightbeam.edge.cache.shortcut import FrozenParts, Lookup, TrunkShortcut
 from tightbeam.edge.side.ladder import Ladder
 from tightbeam.edge.stepper import Answer
 from tightbeam.proto.backbone_pb2 import Card
@@ -56,9 +59,6 @@ class SidePlan:
         """As JSON values."""
         return {**asdict(self), "taps": list(self.taps)}
 
-
-class SidePath(TrunkShortcut):
-    """Stands behind a `RemoteTrunk` for good; a cache comes and goes."""
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> Self:
         """Inverse of `facts`, whatever else is there; raises KeyError or TypeError when something is not."""
@@ -66,11 +66,15 @@ class SidePath(TrunkShortcut):
         return cls(**{**known, "taps": tuple(known["taps"])})
 
 
+class SidePath(TrunkShortcut):
+    """Stands behind a `RemoteTrunk` for good; a cache comes and goes."""
+
     trains_below = True
 
     def __init__(self, parts: FrozenParts, plan: SidePlan, ladder: Ladder | None, dtype: torch.dtype) -> None:
         self.plan, self.ladder = plan, ladder
-        self._inside = False
+        self.keeps_bottom = False  # whether the cache has room for the cut activations too
+        self._inside = self._adapted = False
         self._frozen_ND: Tensor | None = None
         self._parameters_of = inspect.signature(parts.owner.forward)
         super().__init__(parts, None, dtype, plan.hidden_size)
@@ -82,15 +86,33 @@ class SidePath(TrunkShortcut):
         self.parts.trunk.stepper.taps = None
         self.parts.trunk.ladder = None
 
-    def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
-        """Input of the top blocks, `[N, D]`, differentiable in the adapted cut activations and the ladder."""
-        frozen_ND = hidden_ND.detach() if self._frozen_ND is None else self._frozen_ND
-        rows_NW = super().answer(frozen_ND, segments).to(hidden_ND.device, hidden_ND.dtype)
-        out_ND = rows_NW[:, : self.plan.hidden_size] + (hidden_ND - frozen_ND)
+    def answer(self, hidden_MD: Tensor, table: SegmentTable) -> Tensor:
+        """Input of the top blocks, `[M, D]`, differentiable in the adapted cut activations and the ladder."""
+        frozen_MD = hidden_MD if self._frozen_ND is None else table.pick(self._frozen_ND.to(table.device))
+        rows_MW = super().answer(frozen_MD.detach(), table).to(hidden_MD.dtype)
+        out_MD, below_MD = rows_MW[:, : self.plan.hidden_size], frozen_MD
+        if self._adapted:
+            out_MD, below_MD = out_MD + (hidden_MD - frozen_MD), hidden_MD
         if self.ladder is not None:
-            taps_NP = rows_NW[:, self.plan.hidden_size :].split(self.plan.tap_size, dim=1)
-            out_ND = out_ND + self.ladder(hidden_ND, taps_NP, segments)
-        return out_ND
+            taps_MP = rows_MW[:, self.plan.hidden_size :].split(self.plan.tap_size, dim=1)
+            out_MD = out_MD + self.ladder(below_MD, taps_MP, table)
+        return out_MD
+
+    def runs_bottom(self, digests: list[bytes]) -> bool:
+        """Whether a step on these samples runs the bare bottom, or just has."""
+        if self.cache is None or not (self._adapted_below or self.ladder is not None):
+            return super().runs_bottom(digests)
+        kept = all(_below(digest) in self.cache for digest in digests)
+        return not kept or super().runs_bottom(digests)
+
+    def answer_bytes(self, num_tokens: int) -> int:
+        """Most that a sample's answer takes in a cache, sealing aside."""
+        names = {width: storage_codec(self._wire_codec, torch.float32, width) for width in self._widths()}
+        return sum(5 + codec(names[width]).num_bytes((num_tokens, width)) for width in self._widths())
+
+    def bottom_bytes(self, num_tokens: int) -> int:
+        """What a sample's cut activations take there."""
+        return num_tokens * self.plan.hidden_size * self._dtype.itemsize
 
     def pack(self, answer: Answer, start: int, stop: int) -> bytes:
         """The entries of the hidden states and of every tap, each after its length."""
@@ -130,20 +152,53 @@ class SidePath(TrunkShortcut):
         if self._inside or self.parts.trunk.shortcut is not self:
             return
         inputs, below = self._inputs(args, kwargs), self.parts.below
-        adapted = any(isinstance(inner, BaseTunerLayer) for part in below for inner in part.modules())
         for child in module.children():
             if child is not self.parts.blocks:
                 child.eval()
-        if not adapted:
+        self._adapted = self._adapted_below
+        if not self._adapted:
             _require_frozen(below)
             for part in below:
                 part.eval()
-        self._frozen_ND = self.cut_activations(**inputs)[0] if adapted else None
-        self._lookup = self._find(args, kwargs)
+        self._lookup = lookup = self._find(args, kwargs)
+        self._bottom_ran_on = []
+        if self._adapted or self.ladder is not None or not self._answered:
+            self._frozen_ND = self._kept(lookup)
+            if self._frozen_ND is None:
+                self._frozen_ND = self._run_bottom(lookup, inputs)
+        if not self._adapted:
+            self._leave_bottom_out()
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         if not self._inside:
-            self._frozen_ND = self._lookup = None
+            self._frozen_ND = None
+            super()._after(module, args, output)
+
+    @property
+    def _adapted_below(self) -> bool:
+        return any(isinstance(inner, BaseTunerLayer) for part in self.parts.below for inner in part.modules())
+
+    def _kept(self, lookup: Lookup | None) -> Tensor | None:
+        """The cut activations of a forward's samples, `[N, D]`; None when the cache lacks some."""
+        if lookup is None or self.cache is None:
+            return None
+        found = [self.cache.get(_below(digest)) for digest in lookup.digests]
+        if any(entry is None for entry in found):
+            return None
+        rows = torch.frombuffer(bytearray(b"".join(e for e in found if e is not None)), dtype=self._dtype)
+        return rows.view(-1, self.plan.hidden_size)
+
+    def _run_bottom(self, lookup: Lookup | None, inputs: dict[str, Any]) -> Tensor:
+        """The cut activations, `[N, D]`; kept for samples whose answer is kept."""
+        frozen_ND = self.cut_activations(**inputs)[0]
+        if lookup is None or self.cache is None:
+            return frozen_ND
+        self._bottom_ran_on = lookup.digests
+        for digest, (start, stop) in zip(lookup.digests, lookup.segments.bounds, strict=True):
+            if self.keeps_bottom and digest in self.cache:
+                rows = frozen_ND[start:stop].cpu().contiguous().view(torch.uint8)
+                self.cache.put(_below(digest), rows.numpy().tobytes())
+        return frozen_ND
 
     def _inputs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         given = dict(self._parameters_of.bind_partial(*args, **kwargs).arguments)
@@ -156,6 +211,11 @@ class SidePath(TrunkShortcut):
                 cure="Pass input_ids, and use LoRA or another adapter of the blocks, not prompt tuning.",
             )
         return {name: value for name, value in given.items() if name not in _OUTPUT_OPTIONS}
+
+
+def _below(digest: bytes) -> bytes:
+    """What the cache calls a sample's cut activations, beside their answer."""
+    return hashlib.sha256(b"cut activations" + digest).digest()
 
 
 _OUTPUT_OPTIONS = ("use_cache", "past_key_values", "output_hidden_states", "output_attentions", "return_dict")
