@@ -67,19 +67,21 @@ output: {{dir: {folder}, name: run, report: false}}
     return path
 
 
-def test_a_killed_edge_starts_over_with_its_bases(cloud: Cloud, calm: Path, tmp_path: Path) -> None:
+def test_a_killed_edge_goes_on_with_its_bases(cloud: Cloud, calm: Path, tmp_path: Path) -> None:
+    """Bit for bit: they are in its checkpoint, and the cloud gets them once more."""
     training = Command(tmp_path, "train", str(_recipe(tmp_path, cloud)))
     metrics = tmp_path / "run" / "metrics.csv"
     training.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") > 7)
     training.kill()
     last = run_command(tmp_path, "train", str(tmp_path / "recipe.yaml"), "--resume")
     assert last.code == 0, last.err
-    assert "Retrying" not in last.err  # nothing is asked for that the new process does not have
+    assert "Retrying" not in last.err
     steps = [row for row in read_ledger(tmp_path / "run" / "ledger.jsonl") if row["row"] == "step"]
-    assert all(row["attempts"] == 1 for row in steps)
-    losses = [summarise([each / "run"]).edges[0].eval_loss for each in (calm, tmp_path)]
-    assert losses[1][-1][1] == pytest.approx(losses[0][-1][1], rel=0.01)
-    assert losses[1][-1][1] < losses[1][0][1]
+    assert 1 <= sum(row["attempts"] > 1 for row in steps) <= 12  # no sample more than once
+    calm_loss, loss = (summarise([each / "run"]).edges[0].eval_loss for each in (calm, tmp_path))
+    assert loss == calm_loss
+    adapters = [each / "run" / "adapter" / "adapter_model.safetensors" for each in (calm, tmp_path)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
 
 def test_what_crosses_is_what_was_predicted(calm: Path) -> None:
