@@ -194,6 +194,20 @@ def test_a_folder_with_other_files_is_not_made_a_cache(tmp_path: Path) -> None:
         opened(tmp_path)
 
 
+def test_what_is_put_together_is_written_together(tmp_path: Path) -> None:
+    """A kill in between leaves all of it or nothing, though a shard is full with half of it."""
+    with opened(tmp_path, shard_bytes=1000) as cache:
+        cache.put_all((digest(n), payload(n)) for n in range(4))
+        assert len(shard_paths(tmp_path)) == 1
+    with opened(tmp_path) as again:
+        assert len(again) == 4
+    (tmp_path / "alone").mkdir()
+    with opened(tmp_path / "alone", shard_bytes=1000) as cache:
+        for n in range(4):
+            cache.put(digest(n), payload(n))
+        assert len(shard_paths(tmp_path / "alone")) > 1
+
+
 def test_one_process_at_a_time(tmp_path: Path) -> None:
     with opened(tmp_path), pytest.raises(UsageError, match="in use by another process"):
         opened(tmp_path)

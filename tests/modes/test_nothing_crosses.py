@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from support.cached_runs import cached_recipe, save_model
+from support.cached_runs import A_BATCH, A_SAMPLE, cached_recipe, save_model
 from support.commands import Cloud, Command, run_command
 from support.counting_proxy import CountingProxy
 from support.edge_runs import quiet
@@ -50,16 +50,23 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TIGHTBEAM_CACHE", str(tmp_path / "weights"))
 
 
-def serve(model: Path, folder: Path) -> Cloud:
+def serve(model: Path, folder: Path, max_tokens: int = A_BATCH) -> Cloud:
     folder.mkdir(exist_ok=True)
     (folder / "public.txt").write_text("It was the best of times, it was the worst of times. " * 20)
     fit = ("--projection-text", "public.txt", "--projection", "p.safetensors", "--tap-size", "4")
-    return Cloud(model, folder, *fit)
+    return Cloud(model, folder, *fit, "--max-tokens-per-step", str(max_tokens))
 
 
 @pytest.fixture(scope="module")
 def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     with serve(model, tmp_path_factory.mktemp("cloud")) as process:
+        yield process
+
+
+@pytest.fixture
+def patient(model: Path, tmp_path: Path) -> Iterator[Cloud]:
+    """One that takes a sample at a time, so that a fill takes long enough to be killed in."""
+    with serve(model, tmp_path / "patient", A_SAMPLE) as process:
         yield process
 
 
@@ -172,7 +179,7 @@ def weights(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("mode", ["side"])
-def test_a_killed_edge_resumes_to_the_same_bits(cloud: Cloud, tmp_path: Path, mode: str) -> None:
+def test_a_killed_edge_resumes_to_the_same_bits(patient: Cloud, tmp_path: Path, mode: str) -> None:
     """SIGKILL while the cache fills, and again in a later epoch. Dropout is on."""
 
     def written(name: str, address: str) -> Path:
@@ -181,9 +188,9 @@ def test_a_killed_edge_resumes_to_the_same_bits(cloud: Cloud, tmp_path: Path, mo
         (tmp_path / name / "recipe.yaml").write_text(recipe.resolved_yaml())
         return tmp_path / name
 
-    calm = written("calm", cloud.address)
+    calm = written("calm", patient.address)
     assert run_command(calm, "train", "recipe.yaml").code == 0
-    with Mitm(cloud.address) as mitm:
+    with Mitm(patient.address) as mitm:
         shaken = written("shaken", mitm.address)
         ledger = shaken / "runs/run/ledger.jsonl"
         filling = Command(shaken, "train", "recipe.yaml")

@@ -9,13 +9,23 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from support.cached_runs import CrashError, Crossing, cached_recipe, losses, save_model, train_over
+from support.cached_runs import (
+    A_SAMPLE,
+    ALL,
+    CrashError,
+    Crossing,
+    cached_recipe,
+    losses,
+    save_model,
+    train_over,
+)
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from support.local_runs import local_losses
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import BudgetError, RecipeError
 from tightbeam.common.runs import RunFolder
+from tightbeam.common.wire.codecs import codec as wire_codec
 from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.data import collate, load_examples, split_examples
 from tightbeam.edge.training import INTERRUPTED
@@ -88,7 +98,7 @@ def test_a_coded_cache_holds_what_crossed(cloud: InProcessCloud, tmp_path: Path,
     cached, crossing = train_over(cloud, cached_recipe(tmp_path / "a", codec=codec))
     fetched, _ = train_over(cloud, cached_recipe(tmp_path / "b", codec=codec, cache={"enabled": False}))
     assert losses(cached.folder) == losses(fetched.folder)
-    payload = sum(row.bytes.payload_down_bytes for row in crossing.rows)
+    payload = sum(wire_codec(codec).num_bytes((row.tokens, 16)) for row in crossing.rows)
     entries = sum(path.stat().st_size for path in shard_paths(cached.folder.path / "cache"))
     assert entries < payload + 23 * (1 + 16 + 110) + 1500
 
@@ -144,12 +154,12 @@ def test_a_checkpoint_waits_for_what_is_on_its_way(cloud: InProcessCloud, tmp_pa
         if rows == 5:
             signal.raise_signal(signal.SIGINT)
 
-    result, crossing = train_over(cloud, recipe, act=stop)
+    result, crossing = train_over(cloud, recipe, act=stop, max_tokens_per_step=A_SAMPLE)
     assert result.exit_code == INTERRUPTED
     assert result.optimizer_steps < 23
     written = [row for row in read_ledger(result.folder.ledger) if row["row"] == "step"]
     assert len(written) == len(crossing.messages) > result.optimizer_steps
-    resumed, rest = train_over(cloud, recipe, resume=True)
+    resumed, rest = train_over(cloud, recipe, resume=True, max_tokens_per_step=A_SAMPLE)
     assert resumed.exit_code == 0
     assert len(written) + len(rest.rows) == 23  # nothing crossed twice
 
@@ -173,8 +183,9 @@ def test_a_crash_while_filling_resumes_bit_for_bit(cloud: InProcessCloud, tmp_pa
 
 def test_a_small_cache_trains_the_same_through_the_cloud(cloud: InProcessCloud, tmp_path: Path) -> None:
     train = {"batch_size": 1, "steps": 40, "epochs": None}
-    whole, once = train_over(cloud, cached_recipe(tmp_path / "a", train=train))
-    small, often = train_over(cloud, cached_recipe(tmp_path / "b", train=train, cache={"max_gb": 2e-5}))
+    whole, once = train_over(cloud, cached_recipe(tmp_path / "a", train=train), max_tokens_per_step=A_SAMPLE)
+    recipe = cached_recipe(tmp_path / "b", train=train, cache={"max_gb": 2e-5})
+    small, often = train_over(cloud, recipe, max_tokens_per_step=A_SAMPLE)
     assert losses(small.folder) == losses(whole.folder)
     assert often.said.count("is full") == 1
     assert len(once.rows) == 23
@@ -189,6 +200,19 @@ def test_a_budget_too_small_for_one_pass_is_refused(cloud: InProcessCloud, tmp_p
     assert 0.01e6 < sum(row.bytes.wire_total_bytes for row in crossing.rows) < 0.2e6
 
 
+def test_a_budget_counts_shared_rows_once(cloud: InProcessCloud, tmp_path: Path) -> None:
+    _, crossing = train_over(cloud, cached_recipe(tmp_path / "a"), max_tokens_per_step=ALL)
+    (row,) = crossing.rows
+    assert row.shared_tokens > 0.15 * row.tokens
+    tight = {"max_mb": 1.06 * row.bytes.wire_total_bytes / 1e6}
+    recipe = cached_recipe(tmp_path / "b", train=tight)
+    result, again = train_over(cloud, recipe, max_tokens_per_step=ALL)
+    assert (result.exit_code, len(again.rows)) == (0, 1)
+    recipe = cached_recipe(tmp_path / "c", train=tight)
+    with pytest.raises(BudgetError):
+        train_over(cloud, recipe, share_prefixes=False, max_tokens_per_step=ALL)
+
+
 def test_an_adapter_below_the_cut_is_refused(cloud: InProcessCloud, tmp_path: Path) -> None:
     adapter = {"r": 2, "extra": {"modules_to_save": ["embed_tokens"]}}
     with pytest.raises(RecipeError, match="below the cut"):
@@ -197,7 +221,8 @@ def test_an_adapter_below_the_cut_is_refused(cloud: InProcessCloud, tmp_path: Pa
 
 def test_training_starts_while_the_cache_fills(cloud: InProcessCloud, tmp_path: Path) -> None:
     """Also behind a first evaluation, which waits for its own samples and not for all."""
-    result, crossing = train_over(cloud, cached_recipe(tmp_path, data=EVAL, train={"batch_size": 1}))
+    recipe = cached_recipe(tmp_path, data=EVAL, train={"batch_size": 1})
+    result, crossing = train_over(cloud, recipe, max_tokens_per_step=A_SAMPLE)
     kinds = [row["row"] for row in read_ledger(result.folder.ledger)]
     assert len(crossing.rows) == 23
     assert 5 <= kinds[: kinds.index("eval")].count("step") <= 5 + 4  # its own, and the window

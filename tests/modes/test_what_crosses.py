@@ -1,8 +1,8 @@
-"""In `top` and `side` nothing crosses but cut activations and positions: every plaintext is looked at.
+"""In `top` and `side` nothing crosses but cut activations, positions, and how many tokens samples share.
 
-What is recorded is what a channel is given to seal. The sealed bytes that the accounts count are exactly
-those, so there is no other plaintext. A check that could not fail would show nothing: labels, gradients and
-an adapter planted in a recording are each found.
+Every plaintext is looked at. What is recorded is what a channel is given to seal. The sealed bytes that the
+accounts count are exactly those, so there is no other plaintext. A check that could not fail would show
+nothing: labels, token ids, gradients and an adapter planted in a recording are each found.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,8 +19,11 @@ from transformers import PreTrainedModel
 from support.cached_runs import Crossing, cached_recipe, save_model, train_over
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
+from tightbeam.common.backbone import Segments
+from tightbeam.common.errors import ProtocolError
 from tightbeam.common.wire.codecs import codec
 from tightbeam.common.wire.messages import decode_tensor
+from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
 from tightbeam.common.wire.records import TAG_BYTES
 from tightbeam.edge.data import Example, load_examples
 from tightbeam.proto import backbone_pb2 as pb
@@ -33,6 +36,7 @@ MODES: dict[str, dict[str, Any]] = {
     "side": {"mode": "side", "side": {"taps": 2, "width": 16, "heads": 2}},
 }
 ALLOWED = {"step", "kind", "tensors", "reply_codec", "lengths", "run_starts", "run_lengths"}
+SHARED = {"prefix_of", "prefix_rows"}
 ASKED = {"side": {"taps", "projection"}}
 WIDTH = 16
 
@@ -71,7 +75,7 @@ def foreign(run: Recorded, messages: Sequence[Message]) -> list[str]:
         if header.kind != pb.FORWARD or header.keep:
             found.append("something for a backward")
         names = {field.name for field, _ in header.ListFields()}
-        found += sorted(names - ALLOWED - ASKED.get(run.mode, set()))
+        found += sorted(names - ALLOWED - SHARED - ASKED.get(run.mode, set()))
         lengths, starts = list(header.lengths), list(header.run_starts)
         if starts != [0] * len(lengths) or list(header.run_lengths) != lengths:
             found.append("positions that are none")
@@ -79,18 +83,44 @@ def foreign(run: Recorded, messages: Sequence[Message]) -> list[str]:
             found.append("more than one tensor")
             continue
         (spec,), (payload,) = header.tensors, payloads
-        if payload.numel() != codec("fp32").num_bytes((sum(lengths), WIDTH)):
+        try:
+            row_map = _row_map(header)
+        except ProtocolError:
+            found.append("shared rows that are none")
+            continue
+        if payload.numel() != codec("fp32").num_bytes((len(row_map.crossing_M), WIDTH)):
             found.append("a tensor of another size")
             continue
-        for rows_nD in decode_tensor(spec, payload).split(lengths):
+        texts: list[tuple[int, ...]] = []
+        for rows_nD in row_map.spread(decode_tensor(spec, payload)).split(lengths):
             same = [i for i, state in enumerate(run.cut_states) if _close(state, rows_nD)]
             if same:
                 seen[same[0]] += 1
+                texts.append(run.examples[same[0]].input_ids)
             else:
                 found.append("rows that are no cut activation")
+        if len(texts) == len(lengths) and _shared_by(texts) != SharedPrefixes.read(header):
+            found.append("shared rows that are none")
     if any(count > 1 for count in seen):
         found.append("a sample again")
     return found
+
+
+def _segments(lengths: Sequence[int]) -> Segments:
+    return Segments(tuple(lengths), torch.cat([torch.arange(n) for n in lengths]))
+
+
+def _row_map(header: pb.StepRequest) -> RowMap:
+    """As the cloud makes it."""
+    segments = _segments(header.lengths)
+    nothing = SharedPrefixes(segments.lengths, *[(0,) * len(header.lengths)] * 2)
+    return (SharedPrefixes.read(header) or nothing).row_map(segments.positions_N)
+
+
+def _shared_by(texts: Sequence[tuple[int, ...]]) -> SharedPrefixes | None:
+    """What the header may say: how long samples are the same, and nothing of what they are."""
+    ids_N = torch.tensor([token for text in texts for token in text])
+    return SharedPrefixes.find(ids_N, _segments([len(text) for text in texts]))
 
 
 def _close(state_nD: Tensor, rows_nD: Tensor) -> bool:
@@ -101,6 +131,9 @@ def test_only_cut_activations_and_positions(recorded: Recorded) -> None:
     messages = recorded.crossing.messages
     assert foreign(recorded, messages) == []
     assert sum(len(header.lengths) for header, _ in messages) == len(recorded.examples)
+    assert all(
+        max(header.prefix_rows) >= 2 for header, _ in messages
+    )  # the texts end in " + 1 =" and begin alike
 
 
 def test_the_recording_is_all_that_was_sealed(recorded: Recorded) -> None:
@@ -131,6 +164,10 @@ def _labels_behind_the_rows(run: Recorded, header: pb.StepRequest, payloads: lis
     payloads[0] = torch.cat([payloads[0], torch.tensor(run.examples[0].labels).view(torch.uint8)])
 
 
+def _tokens_as_shared_rows(run: Recorded, header: pb.StepRequest, payloads: list[Tensor]) -> None:
+    header.prefix_rows[:] = [0, *run.examples[0].input_ids[: len(header.lengths) - 1]]
+
+
 def _a_gradient(run: Recorded, header: pb.StepRequest, payloads: list[Tensor]) -> None:
     header.kind = pb.BACKWARD
 
@@ -154,6 +191,7 @@ def _another_epoch(run: Recorded, header: pb.StepRequest, payloads: list[Tensor]
         (_labels_in_a_channel, "rows that are no cut activation"),
         (_labels_as_positions, "positions that are none"),
         (_labels_behind_the_rows, "a tensor of another size"),
+        (_tokens_as_shared_rows, "shared rows that are none"),
         (_a_gradient, "something for a backward"),
         (_an_adapter, "rows that are no cut activation"),
         (_another_epoch, "a sample again"),

@@ -22,7 +22,19 @@ from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
-__all__ = ["CrashError", "Crossing", "cached_recipe", "losses", "save_model", "train_over"]
+__all__ = [
+    "ALL",
+    "A_BATCH",
+    "A_SAMPLE",
+    "CrashError",
+    "Crossing",
+    "cached_recipe",
+    "losses",
+    "save_model",
+    "train_over",
+]
+
+A_SAMPLE, A_BATCH, ALL = 50, 110, 4096  # tokens of a step: room for one of the 23 texts, for three, for all
 
 
 class CrashError(Exception):
@@ -93,8 +105,12 @@ def train_over(
     secret: bytes | None = b"s" * 32,
     tokenizer: PreTrainedTokenizerFast | None = None,
     share_prefixes: bool = True,
+    max_tokens_per_step: int = A_BATCH,
 ) -> tuple[TrainResult, Crossing]:
-    """Train; `act` hears how many steps have crossed after each."""
+    """Train; `act` hears how many steps have crossed after each.
+
+    A cache is filled in steps of as many batches as fit: with `max_tokens_per_step` at `A_BATCH` of one.
+    """
     crossing = Crossing()
 
     def on_row(row: StepRow) -> None:
@@ -112,7 +128,7 @@ def train_over(
             lambda: _Recorder(cloud.open_channel(run, recipe.cut), crossing),
             codecs,
             deltas=None if codecs == codecs.alone else EdgeDeltas(codecs, 1e9),
-            max_tokens_per_step=cloud.card.limits.max_tokens_per_step,
+            max_tokens_per_step=max_tokens_per_step,
             share_prefixes=share_prefixes,
             on_row=on_row,
         )

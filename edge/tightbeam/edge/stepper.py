@@ -120,12 +120,15 @@ class Stepper:
         positions alone, so nothing random may be below. Tokens themselves are not sent.
         """
         job = self._forward_job(segments, False, purpose)
-        if self._share_prefixes and input_ids_N is not None:
-            prefixes = SharedPrefixes.find(input_ids_N, segments)
-            if prefixes is not None:
-                job.leave_out(prefixes)
+        prefixes = None if input_ids_N is None else self.shared_prefixes(input_ids_N, segments)
+        if prefixes is not None:
+            job.leave_out(prefixes)
         job.add(HIDDEN, finite(hidden_ND, "activations"), self.codecs.activations_up)
         return self._carrier.start(job)
+
+    def shared_prefixes(self, input_ids_N: Tensor, segments: Segments) -> SharedPrefixes | None:
+        """What a submitted forward of these tokens leaves out; None for nothing."""
+        return SharedPrefixes.find(input_ids_N, segments) if self._share_prefixes else None
 
     def collect(self, flight: Flight) -> "Answer":
         """Wait for a submitted forward; a lost one is sent again. Raises what `forward` raises."""

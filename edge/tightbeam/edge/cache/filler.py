@@ -1,24 +1,29 @@
 """Streams samples through the cloud once, several groups in flight, while training goes on with the first.
 
-A group is what one step of the wire carries. Groups are the same however far an earlier run came, so a
-sample's activation is the same to the last bit whether it was fetched before or after a kill. Everything runs
-on the caller's thread: the bottom is computed when a place in the window is free; the rest is waiting.
+A group is what one step of the wire carries: batches, in the order in which they are needed, as long as they
+are not too many tokens. The more samples it holds, the more of their leading rows are common to several and
+cross once. What is held never crosses again. The cache keeps a group as a whole or not at all, so after a
+kill the rest falls into the same groups, and a sample's activation is the same to the last bit whether it was
+fetched before or after. Everything runs on the caller's thread: the bottom is computed when a place in the
+window is free; the rest is waiting.
 """
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from tightbeam.common.backbone import Segments, SegmentTable
+from tightbeam.common.backbone import Segments
 from tightbeam.edge.cache.keys import sample_digest
 from tightbeam.edge.cache.shortcut import TrunkShortcut
 from tightbeam.edge.carrier import Flight
+from tightbeam.edge.packed_rows import PackedRows
 
-__all__ = ["Filler", "Sample"]
+__all__ = ["Filler", "Pass", "Sample"]
 
 _IN_FLIGHT = 4
+_GROUP_TOKENS = 2048  # in a step with several batches: rows in common gain little more, a trunk is busy
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,26 +37,30 @@ class Sample:
         object.__setattr__(self, "digest", sample_digest(self.input_ids, range(len(self.input_ids))))
 
 
-class Filler:
-    """Fills the cache of a shortcut with groups of samples, in order.
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """What is to cross in order to fill a cache."""
 
-    Without `whole_groups` samples that are held never cross again, and groups depend on what is held.
-    """
+    num_rows: int  # of as many tokens, or of more that share them
+    num_samples: int
+    num_steps: int
+
+
+class Filler:
+    """Fills the cache of a shortcut with batches of samples, in order."""
 
     def __init__(
         self,
         shortcut: TrunkShortcut,
-        groups: Iterable[Sequence[Sample]],
+        batches: Iterable[Sequence[Sample]],
         *,
         in_flight: int = _IN_FLIGHT,
-        whole_groups: bool = True,
     ) -> None:
         assert shortcut.cache is not None
         self._shortcut, self._cache, self._limit = shortcut, shortcut.cache, in_flight
-        self._groups = deque(_without_repeats(groups))
-        if not whole_groups:
-            lacking = ([s for s in group if s.digest not in self._cache] for group in self._groups)
-            self._groups = deque(group for group in lacking if group)
+        limit = min(_GROUP_TOKENS, shortcut.parts.trunk.stepper.max_tokens_per_step)
+        lacking = ([s for s in batch if s.digest not in self._cache] for batch in _without_repeats(batches))
+        self._groups = deque(_joined(lacking, limit))
         self._waiting = {sample.digest for group in self._groups for sample in group}
         self._flights: deque[tuple[Sequence[Sample], Segments, Flight]] = deque()
 
@@ -59,6 +68,23 @@ class Filler:
     def done(self) -> bool:
         """Whether there is nothing left to fetch."""
         return not self._groups and not self._flights
+
+    @property
+    def groups(self) -> Sequence[Sequence[Sample]]:
+        """What is still to be sent."""
+        return self._groups
+
+    @property
+    def ahead(self) -> Pass:
+        """What has not been sent yet."""
+        stepper, num_rows = self._shortcut.parts.trunk.stepper, 0
+        for group in self._groups:
+            lengths = tuple(len(sample.input_ids) for sample in group)
+            segments = Segments(lengths, torch.cat([torch.arange(n) for n in lengths]))
+            ids_N = torch.tensor([token for sample in group for token in sample.input_ids])
+            prefixes = stepper.shared_prefixes(ids_N, segments)
+            num_rows += segments.num_tokens if prefixes is None else prefixes.num_rows
+        return Pass(num_rows, sum(map(len, self._groups)), len(self._groups))
 
     def pump(self) -> None:
         """Take in what has arrived and send as much as the window holds; does not wait."""
@@ -93,18 +119,11 @@ class Filler:
         if all(sample.digest in self._cache for sample in group):
             self._waiting.difference_update(sample.digest for sample in group)
             return
-        lengths = tuple(len(sample.input_ids) for sample in group)
-        segments = Segments(lengths, torch.cat([torch.arange(n) for n in lengths]))
         parts = self._shortcut.parts
-        ids_N = torch.tensor([token for sample in group for token in sample.input_ids])
-        hidden_ND, seen = self._shortcut.cut_activations(
-            input_ids=ids_N[None].to(parts.device),
-            position_ids=segments.positions_N[None].to(parts.device),
-            segments=SegmentTable(segments, parts.device),
-        )
-        assert seen.lengths == lengths
-        flight = parts.trunk.stepper.submit(hidden_ND, segments, input_ids_N=ids_N)
-        self._flights.append((group, segments, flight))
+        rows = PackedRows.of_samples((sample.input_ids for sample in group), parts.device)
+        hidden_ND, _ = self._shortcut.cut_activations(**rows.inputs())
+        flight = parts.trunk.stepper.submit(hidden_ND, rows.segments, input_ids_N=rows.input_ids_N)
+        self._flights.append((group, rows.segments, flight))
 
     def _collect(self) -> None:
         group, segments, flight = self._flights.popleft()
@@ -113,16 +132,29 @@ class Filler:
         self._waiting.difference_update(sample.digest for sample in group)
 
 
-def _without_repeats(groups: Iterable[Sequence[Sample]]) -> list[list[Sample]]:
+def _without_repeats(batches: Iterable[Sequence[Sample]]) -> Iterator[list[Sample]]:
     """Each content once, where it comes first."""
     seen: set[bytes] = set()
-    found = []
-    for group in groups:
+    for batch in batches:
         fresh = []
-        for sample in group:
+        for sample in batch:
             if sample.digest not in seen:
                 seen.add(sample.digest)
                 fresh.append(sample)
-        if fresh:
-            found.append(fresh)
-    return found
+        yield fresh
+
+
+def _joined(batches: Iterable[list[Sample]], max_tokens: int) -> Iterator[list[Sample]]:
+    """Batches that follow each other, while they are no more than so many tokens; one alone may be more."""
+    group: list[Sample] = []
+    for batch in batches:
+        if group and _num_tokens(group) + _num_tokens(batch) > max_tokens:
+            yield group
+            group = []
+        group = group + batch
+    if group:
+        yield group
+
+
+def _num_tokens(samples: Iterable[Sample]) -> int:
+    return sum(len(sample.input_ids) for sample in samples)

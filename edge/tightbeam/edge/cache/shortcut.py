@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from tightbeam.common.backbone import Packer, Segments, dissect
+from tightbeam.common.backbone import Packer, Segments, SegmentTable, dissect
 from tightbeam.common.costs.rows import Purpose
 from tightbeam.common.errors import UsageError
 from tightbeam.edge.cache.keys import Scope, sample_digest
@@ -28,7 +28,7 @@ from tightbeam.edge.cache.store import ActivationCache
 from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
 from tightbeam.edge.stepper import Answer
 
-__all__ = ["FrozenParts", "TrunkShortcut", "bottom_output", "passed_through"]
+__all__ = ["FrozenParts", "Lookup", "TrunkShortcut", "bottom_output", "passed_through"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +123,13 @@ class _Capture:
     def __init__(self) -> None:
         self.inputs: list[tuple[Tensor, Segments]] = []
 
-    def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
-        self.inputs.append((hidden_ND, segments))
-        return hidden_ND
+    def answer(self, hidden_MD: Tensor, table: SegmentTable) -> Tensor:
+        self.inputs.append((table.spread(hidden_MD), table.segments))
+        return hidden_MD
 
 
 @dataclass(slots=True)
-class _Lookup:
+class Lookup:
     """One forward's samples and what the cache has of them."""
 
     segments: Segments
@@ -153,9 +153,9 @@ class TrunkShortcut:
     ) -> None:
         self.parts, self.cache = parts, cache
         self._dtype, self._width = dtype, width
-        self._lookup: _Lookup | None = None
+        self._lookup: Lookup | None = None
         self._bypass: Any = None
-        self.forwards_without_bottom = 0
+        self._bottom_ran_on: list[bytes] = []  # samples of the last forward, if it ran the frozen bottom
         self._hooks = [
             parts.owner.register_forward_pre_hook(self._before, with_kwargs=True),
             parts.owner.register_forward_hook(self._after, always_call=True),
@@ -177,8 +177,8 @@ class TrunkShortcut:
         """Put a reply into the cache, sample by sample."""
         assert self.cache is not None
         assert answer.codec == self._wire_codec
-        for digest, (start, stop) in zip(digests, segments.bounds, strict=True):
-            self.cache.put(digest, self.pack(answer, start, stop))
+        bounds = zip(digests, segments.bounds, strict=True)
+        self.cache.put_all((digest, self.pack(answer, start, stop)) for digest, (start, stop) in bounds)
 
     def pack(self, answer: Answer, start: int, stop: int) -> bytes:
         """The cache's entry of rows `start` to `stop` of an answer."""
@@ -196,8 +196,17 @@ class TrunkShortcut:
         """What goes to the cloud for the model's `inputs`, `[N, D]`."""
         return bottom_output(self.parts, **inputs)
 
-    def answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
-        """Hidden states after the trunk, `[N, D]` on the CPU."""
+    def runs_bottom(self, digests: list[bytes]) -> bool:
+        """Whether a step on these samples runs the frozen bottom, or just has; filling ahead aside."""
+        return self.cache is None or self._bottom_ran_on == digests
+
+    def answer(self, hidden_MD: Tensor, table: SegmentTable) -> Tensor:
+        """Hidden states after the trunk, `[M, D]`."""
+        rows_ND = self._answer(table.spread(hidden_MD), table.segments)
+        return table.pick(rows_ND.to(table.device))
+
+    def _answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
+        """Of every token, `[N, D]` on the CPU."""
         lookup = self._lookup
         if lookup is None or (self.cache is None and not lookup.is_of(segments)):
             stepper = self.parts.trunk.stepper
@@ -209,7 +218,7 @@ class TrunkShortcut:
             lookup.held[i] = rows
         return torch.cat([rows for rows in lookup.held if rows is not None])
 
-    def _fetch(self, hidden_ND: Tensor, lookup: _Lookup, missing: list[int]) -> Sequence[Tensor]:
+    def _fetch(self, hidden_ND: Tensor, lookup: Lookup, missing: list[int]) -> Sequence[Tensor]:
         if not missing:
             return []
         places = [lookup.segments.bounds[i] for i in missing]
@@ -231,30 +240,38 @@ class TrunkShortcut:
         for i in self.parts.bottom:
             self.parts.blocks[i].eval()
         self._lookup = lookup = self._find(args, kwargs)
-        if lookup is not None and all(rows is not None for rows in lookup.held):
-            self.forwards_without_bottom += 1
-            self._bypass = passed_through(self.parts.blocks, self.parts.bottom)
-            self._bypass.__enter__()
+        self._bottom_ran_on = [] if lookup is None or self._answered else lookup.digests
+        if self._answered:
+            self._leave_bottom_out()
 
     def _after(self, module: nn.Module, args: object, output: object) -> None:
         bypass, self._bypass, self._lookup = self._bypass, None, None
         if bypass is not None:
             bypass.__exit__(None, None, None)
 
-    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Lookup | None:
+    @property
+    def _answered(self) -> bool:
+        """Whether the cache has all samples of this forward."""
+        return self._lookup is not None and all(rows is not None for rows in self._lookup.held)
+
+    def _leave_bottom_out(self) -> None:
+        self._bypass = passed_through(self.parts.blocks, self.parts.bottom)
+        self._bypass.__enter__()
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lookup | None:
         """A forward's samples, and what the cache has of them; None when it cannot tell."""
         if self.parts.trunk.shortcut is not self:
             return None
         inputs = _sample_inputs(args, kwargs)
         return None if inputs is None else self._look_up(*inputs)
 
-    def _look_up(self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor) -> _Lookup:
+    def _look_up(self, ids_BT: Tensor, mask_BT: Tensor | None, positions_BT: Tensor) -> Lookup:
         packer = Packer((ids_BT.shape[0], ids_BT.shape[1]), mask_BT, positions_BT)
         ids_N, segments = packer.pack(ids_BT[..., None]).flatten().cpu(), packer.segments
         ids, positions = ids_N.tolist(), segments.positions_N.tolist()
         digests = [sample_digest(ids[a:b], positions[a:b]) for a, b in segments.bounds]
         held = [self._read(d, n) for d, n in zip(digests, segments.lengths, strict=True)]
-        return _Lookup(segments, ids_N, digests, held)
+        return Lookup(segments, ids_N, digests, held)
 
     def _read(self, digest: bytes, num_tokens: int) -> Tensor | None:
         payload = None if self.cache is None else self.cache.get(digest)
@@ -275,6 +292,9 @@ def _sample_inputs(
     ids_BT = kwargs.get("input_ids", args[0] if args else None)
     if ids_BT is None or kwargs.get("past_key_values") is not None:
         return None
+    table = kwargs.get("segments")
+    if isinstance(table, SegmentTable):
+        return table.spread(ids_BT[0])[None], None, table.segments.positions_N[None]
     mask_BT, positions_BT = kwargs.get("attention_mask"), kwargs.get("position_ids")
     if positions_BT is None:
         if mask_BT is not None and not bool(mask_BT[:, 0].all()):

@@ -13,7 +13,7 @@ not hold goes through the cloud in every epoch.
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -99,6 +99,11 @@ class ActivationCache:
         """Whether it has stopped adding."""
         return self._full
 
+    def has_room(self, num_bytes: int, num_entries: int) -> bool:
+        """Whether so many more payloads of so many bytes in all fit, whatever shards they fall into."""
+        size = num_bytes + num_entries * OVERHEAD_BYTES
+        return not self._full and self.num_bytes + 1.01 * size <= self._max_bytes - _RESERVE_BYTES
+
     def get(self, digest: bytes) -> bytes | None:
         """A sample's payload; None when it is not held, or no longer as it was written."""
         name = self._keys.name(self.scope, digest)
@@ -112,8 +117,23 @@ class ActivationCache:
                 self._warn(f"{error.message} Its sample is fetched again.")
         return None
 
+    def put_all(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
+        """Keep the payloads of samples that crossed together; what a kill takes of them, it takes of all."""
+        for digest, payload in entries:
+            self._add(digest, payload)
+        self._commit_full_shard()
+
     def put(self, digest: bytes, payload: bytes | memoryview) -> bool:
         """Keep a sample's payload; False when the cache is full. One that is held already stays as it is."""
+        kept = self._add(digest, payload)
+        self._commit_full_shard()
+        return kept
+
+    def _commit_full_shard(self) -> None:
+        if self._open.num_bytes >= self._shard_bytes:
+            self.commit()
+
+    def _add(self, digest: bytes, payload: bytes | memoryview) -> bool:
         name = self._keys.name(self.scope, digest)
         if name in self._where or name in self._open:
             return True
@@ -123,8 +143,6 @@ class ActivationCache:
             self._stop(f"The cache {self.folder} is full at {self._max_bytes / 1e6:.0f} MB.")
             return False
         self._open.add(name, payload)
-        if self._open.num_bytes >= self._shard_bytes:
-            self.commit()
         return True
 
     def commit(self) -> None:

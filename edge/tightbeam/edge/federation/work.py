@@ -171,7 +171,6 @@ class Workplace:
             cache_secret=self.cache.secret,
             say=lambda line: None,
             moved_bytes=lambda: 0,
-            whole_groups=False,
         )
         if side:
             mode: Mode = Side(job, task.first_step)
@@ -215,11 +214,11 @@ def _no_steps(batch_size: int) -> LocalTask:
         first_step=0, order_seed=0, dropout_seed=0,
     )  # fmt: skip
 
+
 def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
     """Batches with little padding."""
     ordered = sorted(examples, key=lambda example: len(example.input_ids))
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
-
 
 
 def _batches(examples: Sequence[Example], task: LocalTask) -> list[list[Example]]:

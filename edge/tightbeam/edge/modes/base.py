@@ -36,7 +36,6 @@ class Job:
     cache_secret: bytes | None  # of the edge's identity
     say: Callable[[str], None]
     moved_bytes: Callable[[], int]  # on the wire so far, whole run
-    whole_groups: bool = True  # a group that lacks a sample crosses whole: the same bits after a kill
 
     def rows_of(self, step: int) -> list[Example]:
         """The examples of an optimizer step."""

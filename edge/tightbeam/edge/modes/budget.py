@@ -1,8 +1,10 @@
 """`train.max_mb`: what the coming step will move, so that a run stops before its budget and not after it.
 
-Payloads are known to the byte from the codecs; framing, seals and TLS are bounded from above.
+Payloads are known to the byte from the codecs; framing, seals and TLS are bounded from above. Rows that
+samples share are left out where it is known which samples cross together.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,6 +13,7 @@ from peft import PeftModel
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.modes import TokenBytes
 from tightbeam.common.errors import BudgetError
+from tightbeam.edge.cache.filler import Pass
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.data import Example
 
@@ -18,6 +21,7 @@ __all__ = ["Budget"]
 
 _OVERHEAD = 1.02  # wire over payload bytes: tags, HTTP/2 frames and TLS stay below 2 %
 _STEP_BYTES = 1500  # headers of one step, both directions
+_SEQUENCE_BYTES = 20  # of them for each sequence of a large one: length, positions, shared rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +45,11 @@ class Budget:
         row = TokenBytes.of(width, codecs.model_dump(), **tapped)
         return cls(recipe.train.max_mb * 1e6, row.forward, row.training)
 
+    @property
+    def is_set(self) -> bool:
+        """Whether there is a budget."""
+        return math.isfinite(self.max_bytes)
+
     def training(self, examples: Iterable[Example]) -> float:
         """Bytes of a forward and a backward over examples."""
         return _bytes(examples, self.training_per_token)
@@ -48,6 +57,11 @@ class Budget:
     def forward(self, examples: Iterable[Example]) -> float:
         """Bytes of a forward alone."""
         return _bytes(examples, self.forward_per_token)
+
+    def ahead(self, pass_: Pass) -> float:
+        """Bytes of a pass that fills the cache."""
+        rows_bytes = pass_.num_rows * self.forward_per_token * _OVERHEAD
+        return rows_bytes + pass_.num_steps * _STEP_BYTES + pass_.num_samples * _SEQUENCE_BYTES
 
     def allows(self, moved_bytes: int, next_bytes: float) -> bool:
         """Whether so much more fits."""

@@ -52,7 +52,7 @@ class FrozenPhase:
             self.shortcut = stack.enter_context(self._shortcut(base.dtype, width))
             stack.enter_context(packed_attention_in(base))
             if self.cache is not None:
-                self.filler = Filler(self.shortcut, self._groups(), whole_groups=job.whole_groups)
+                self.filler = Filler(self.shortcut, self._batches())
             self._count_flops()
             self._stack = stack.pop_all()
 
@@ -131,7 +131,7 @@ class FrozenPhase:
             backward_attention=0,
         )
 
-    def _groups(self) -> Iterator[list[Sample]]:
+    def _batches(self) -> Iterator[list[Sample]]:
         """Samples in the order in which they are first needed.
 
         Two epochs from `start_step` on hold every sample once, wherever they start. A run begins with an

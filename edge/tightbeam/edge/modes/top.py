@@ -47,7 +47,7 @@ class Top(Mode):
         return self._phase.loss(batch)
 
     def flops(self, batch: dict[str, Tensor]) -> int:
-        """Operations at the edge; the bottom's one pass is not among them."""
+        """Operations at the edge; the bottom's one pass ahead of the steps is not among them."""
         return self._phase.flops(batch)
 
     def crossing(self, examples: Sequence[Example]) -> list[Example]:
@@ -58,7 +58,7 @@ class Top(Mode):
         return list({example.input_ids: example for example in missing}.values())
 
     def filling_flops(self, examples: Sequence[Example]) -> int:
-        """Operations of the bottom on what crosses."""
+        """Operations of the bottom on what crosses ahead; without a cache the steps count them."""
         return self._phase.filling_flops(examples)
 
     def before_checkpoint(self) -> bool:
@@ -67,10 +67,9 @@ class Top(Mode):
 
     def restore(self, state: dict[str, Any]) -> None:
         """See that the budget lasts: the whole pass is sent ahead of the steps, so it must fit as a whole."""
-        job = self.job
-        if job.recipe.cache.enabled:
-            ahead = self._phase.missing([*job.train, *job.eval])
-            self.budget.check(job.moved_bytes(), self.budget.forward(ahead), 0)
+        filler = self._phase.filler
+        if filler is not None and self.budget.is_set:
+            self.budget.check(self.job.moved_bytes(), self.budget.ahead(filler.ahead), 0)
 
     def close(self) -> None:
         """Write and release the cache."""
