@@ -17,14 +17,12 @@ from tightbeam.common.errors import FederationError, TightbeamError
 from tightbeam.common.federation import LoraAdapter
 from tightbeam.edge.federation import ladder_prefix
 from tightbeam.edge.side import SidePlan
+from tightbeam.simulations.apps.exchange import exchange
 from tightbeam.simulations.apps.replies import Node, failure_of
 from tightbeam.simulations.global_adapter import layers_of
 from tightbeam.simulations.scenario import ClientProfile, Scenario
 
-__all__ = ["ANSWER_S", "Roster"]
-
-ANSWER_S = 7200.0
-"""How long a client may take for a round."""
+__all__ = ["Roster"]
 
 _NODES_S = 600.0  # how long clients may take to come up
 _Place = tuple[object, ...]
@@ -106,9 +104,11 @@ class Roster:
     def _ask(self, message_type: str, ids: Iterable[int]) -> list[Message]:
         """Replies to an empty message; the first complaint is raised."""
         messages = [Message(RecordDict({"config": ConfigRecord()}), node_id, message_type) for node_id in ids]
-        replies = list(self.grid.send_and_receive(messages, timeout=ANSWER_S))
-        for failure in map(failure_of, replies):
-            if failure is not None:
+        replies = exchange(self.grid, messages)
+        for reply in replies:
+            if (failure := failure_of(reply)) is not None:
+                if reply.has_error():  # Flower's words, which do not say of whom
+                    raise FederationError(f"Node {reply.metadata.src_node_id}: {failure.message}")
                 raise failure
         return replies
 

@@ -38,6 +38,7 @@ from tightbeam.common.federation.secagg import FixedPoint, Layout, Plan, SecAggC
 from tightbeam.common.federation.secagg.keys import roster_from
 from tightbeam.common.identity import Identity, load_identity
 from tightbeam.simulations.apps.combining import trained_part
+from tightbeam.simulations.apps.exchange import exchange
 from tightbeam.simulations.apps.participant import Client
 from tightbeam.simulations.apps.privacy import private_update
 from tightbeam.simulations.global_adapter import from_record
@@ -283,7 +284,7 @@ class SecureRounds:
             outgoing.append(Message(content, self._node_ids[name], "query.secure"))
         self.moved_bytes += sum(map(message_bytes, outgoing))
         by_id = {node_id: name for name, node_id in self._node_ids.items()}
-        for reply in self._grid.send_and_receive(outgoing):
+        for reply in exchange(self._grid, outgoing):
             self.moved_bytes += message_bytes(reply)
             self._take(by_id[reply.metadata.src_node_id], reply)
 

@@ -15,7 +15,8 @@ from flwr.serverapp import Grid, ServerApp
 from tightbeam.common.errors import FederationError
 from tightbeam.common.federation import LoraAdapter
 from tightbeam.edge.side import SidePlan
-from tightbeam.simulations.apps.roster import ANSWER_S, Roster
+from tightbeam.simulations.apps.exchange import exchange
+from tightbeam.simulations.apps.roster import Roster
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.apps.strategy import FederatedLora
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
@@ -76,7 +77,7 @@ def run_rounds(strategy: FederatedLora, grid: Grid, state: State | None, roster:
                 f"Every client has left before round {number}.", cure="Raise the clients' budgets."
             )
         messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
-        replies = grid.send_and_receive(messages, timeout=ANSWER_S)
+        replies = exchange(grid, messages)
         aggregated, _ = strategy.aggregate_train(number, replies)
         arrays = aggregated or arrays
         _evaluate(strategy, grid, number, arrays)
@@ -118,7 +119,7 @@ def _note_sides(journal: Journal, roster: Roster) -> None:
 def _evaluate(strategy: FederatedLora, grid: Grid, number: int, arrays: ArrayRecord) -> None:
     messages = list(strategy.configure_evaluate(number, arrays, ConfigRecord(), grid))
     if messages:
-        strategy.aggregate_evaluate(number, grid.send_and_receive(messages, timeout=ANSWER_S))
+        strategy.aggregate_evaluate(number, exchange(grid, messages))
 
 
 def _save(strategy: FederatedLora, number: int, arrays: ArrayRecord) -> None:
