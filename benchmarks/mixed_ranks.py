@@ -7,16 +7,19 @@ the rounds every client starts from the global adapter at its own rank and takes
 aggregators of `tightbeam.common.federation` combine them, weighted by examples.
 
     PYTHONPATH=common:simulations python benchmarks/mixed_ranks.py --model FOLDER --data FOLDER \
-        --strategies flora,zeropad --seeds 0,1,2
+        --strategies flora-principal,zeropad --seeds 0,1,2
 
-`fedit-R` gives all clients rank R: a reference, since fedit refuses mixed ranks. Each strategy has its own
-learning rate, chosen with seed 100 on 256 training entries that nobody trains on; the table is of other seeds
-and of the 256 evaluation entries. One JSON line per run. `--summary FILES` joins them into the lines of
-docs/data/mixed_ranks.jsonl, and `--table FILE` prints those as the table of docs/federation-math.md.
+`fedit-R` gives all clients rank R: a reference, since fedit refuses mixed ranks. `ffa-folded` is ffa whose
+clients fold the directions beyond their rank. Each strategy has its own learning rate, chosen with seed 100
+on 256 training entries that nobody trains on; the table is of other seeds and of the 256 evaluation entries.
+One JSON line per run. `--summary FILES` joins them into the lines of docs/data/mixed_ranks*.jsonl, and
+`--table FILE` prints those as a table of docs/federation-math.md.
 
-One process and the whole model, which is what the split one computes (tests/exactness), bf16 autocast. The
-clients of a round train side by side in one batch, each with its own slice of every adapter. Slices are
-padded with zeros to the largest rank: zeros in both factors have no gradient, so they stay.
+One process and the whole model, which is what the split one computes (tests/exactness), in bf16 autocast
+where the device computes it fast. With a cut 0:m, as in mode top, each text goes through the other blocks
+once; that and smaller numbers (`--clients 6 --batch 2 --max-tokens 64 --limit 128`) make it fit a CPU. The
+clients of a round train side by side in one batch, each with its own slice of every adapter. Slices are as
+wide as the largest rank: beyond a client's own are zeros, or what it has folded, and they do not learn.
 """
 
 import argparse
@@ -47,6 +50,7 @@ from tightbeam.common.federation import (
     beyond,
     fold,
     kept,
+    on_shared_A,
     parse_adapter,
     plus,
     principal,
@@ -294,7 +298,7 @@ def run(
         elif strategy == "flora-principal":
             learned = principal(plus(kept(learned, updates), result.mean), widest, seed + number + 1)
         elif strategy == "ffa-folded":
-            learned = _same_A(kept(learned, updates), result.adapter)
+            learned = on_shared_A(learned, updates, result.adapter)
         else:
             learned = result.adapter
     by_rank = {rank: learned.resized(rank).state(SCALE) for rank in sorted(set(ranks))}
@@ -389,12 +393,6 @@ def _losses(
         if id(state) not in found:
             found[id(state)] = round(federation.evaluate(examples, state), 4)
     return {rank: found[id(state)] for rank, state in by_rank.items()}
-
-
-def _same_A(left: LoraAdapter, right: LoraAdapter) -> LoraAdapter:  # noqa: N802
-    """Sum of two adapters that have A in common."""
-    modules = {n: m.with_factors(m.A_RI, m.B_OR + right.modules[n].B_OR) for n, m in left.modules.items()}
-    return LoraAdapter(modules, right.rest)
 
 
 def _error(result: Aggregate, rank: int | None) -> float:

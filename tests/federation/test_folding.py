@@ -6,6 +6,7 @@ from numpy.typing import NDArray
 
 from support.lora_states import LAYERS
 from tightbeam.common.federation import (
+    FfaLora,
     Flora,
     LoraAdapter,
     Update,
@@ -13,6 +14,7 @@ from tightbeam.common.federation import (
     beyond,
     fold,
     kept,
+    on_shared_A,
     parse_adapter,
     plus,
     principal,
@@ -137,6 +139,37 @@ def test_a_direction_is_kept_by_those_who_did_not_wear_it() -> None:
     for module in kept(ones, updates).modules.values():
         expected = np.repeat([0.0, 1 / 6, 3 / 6], [4, 4, 8])
         np.testing.assert_allclose(module.B_OR, np.broadcast_to(expected, module.B_OR.shape))
+
+
+def test_ffa_keeps_what_clients_of_smaller_ranks_folded() -> None:
+    whole = start()
+    for number in range(3):
+        updates = []
+        for k, rank in enumerate(RANKS):
+            state = whole.resized(rank).state(2.0)
+            rng = np.random.default_rng([number, k])
+            moved = {
+                n: a + rng.normal(0, 0.1, a.shape).astype(a.dtype) * ("_B" in n) for n, a in state.items()
+            }
+            updates.append(Update(f"client-{k}", k + 1.0, moved, 2.0))
+        exact, mean = mean_of_weights(whole, updates), FfaLora().aggregate(updates).adapter
+        if number:
+            assert distance(dense(mean), exact) > 0.1, "ffa alone takes directions that are not worn for zero"
+        after = on_shared_A(whole, updates, mean)
+        assert distance(dense(after), exact) < 1e-6  # A crossed in float32
+        assert all(after.modules[layer].A_RI is whole.modules[layer].A_RI for layer in LAYERS)
+        whole = after
+
+
+def test_a_round_of_narrow_clients_leaves_the_wide_directions_of_ffa() -> None:
+    whole = start()
+    for module in whole.modules.values():
+        module.B_OR[:] = 1.0
+    state = whole.resized(4).state(1.0)
+    narrow = Update("narrow", 1.0, {name: array * (1 + ("_B" in name)) for name, array in state.items()}, 1.0)
+    after = on_shared_A(whole, [narrow], FfaLora().aggregate([narrow]).adapter)
+    for module in after.modules.values():
+        np.testing.assert_allclose(module.B_OR[0], [2.0] * 4 + [1.0] * 12)
 
 
 def test_a_layer_of_one_side_only_stays_in_the_sum() -> None:

@@ -39,7 +39,7 @@ def test_every_strategy_learns(playground: Playground, name: str) -> None:
     ("name", "exact"), [("flora", True), ("ffa", True), ("flexlora", False), ("fedit", False)]
 )
 def test_exactness_is_measured(playground: Playground, name: str, exact: bool) -> None:
-    groups = MIXED if name in ("flora", "flexlora") else {}
+    groups = {} if name == "fedit" else MIXED
     scenario = playground.scenario(strategy={"name": name}, groups=groups, train={"steps": 4, "lr": 3e-2})
     playground.run(scenario)
     errors = [row["relative_error"] for row in playground.rows(scenario, "round")]
@@ -65,7 +65,7 @@ def test_flora_equals_the_weighted_sum_of_what_clients_learned(playground: Playg
 
 
 def test_ffa_keeps_a_and_sends_half(playground: Playground) -> None:
-    scenario = playground.scenario(strategy={"name": "ffa"})
+    scenario = playground.scenario(strategy={"name": "ffa"}, groups=MIXED)
     playground.run(scenario)
     before, after = playground.state(scenario, 1), playground.state(scenario, 2)
     assert all(np.array_equal(before[name], after[name]) for name in before if ".lora_A." in name)

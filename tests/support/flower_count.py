@@ -27,7 +27,9 @@ class FlowerCount:
     ladders: Counter[Key] = field(default_factory=Counter)  # of what went down
     folds: Counter[Key] = field(default_factory=Counter)  # of what went down
     keys: Counter[tuple[str, int]] = field(default_factory=Counter)  # secure exchanges besides the work
-    worn: dict[tuple[int, str], dict[str, NDArray[Any]]] = field(default_factory=dict)  # after its steps
+    worn: dict[tuple[int, str], dict[str, NDArray[Any]]] = field(
+        default_factory=dict
+    )  # after its steps, and folded
     _sum: list[int] = field(default_factory=list)  # exchanges before the work that they are for
     _of: tuple[str, int] | None = None
 
@@ -52,7 +54,8 @@ class FlowerCount:
         if kind == "client_round" and (given := reply.content.array_records.get("arrays")) is not None:
             trained = {name.partition(".lora_")[0] for name in given}
             before = {n: a for n, a in _numpy(sent["arrays"]).items() if n.partition(".lora_")[0] in trained}
-            self.worn[number, client] = before | _numpy(given)
+            folded = {f"fold/{n}": a for n, a in _numpy(sent["fold"]).items()} if "fold" in sent else {}
+            self.worn[number, client] = before | _numpy(given) | folded
         return reply
 
     def _besides(self, message: Message, context: Context) -> Message:

@@ -166,11 +166,6 @@ class StrategySection(Section):
         default=None, description="Differential privacy; none if left out."
     )
 
-    @property
-    def folds(self) -> bool:
-        """Whether clients add to their own weights what was learned and they do not wear."""
-        return self.name == "flora"
-
 
 class ClientSection(Section):
     """What every client has."""
@@ -336,10 +331,11 @@ class Scenario(Section):
         options, strategy = [profile.options for profile in self.profiles()], self.strategy
         sides, shares = {one.mode for one in options}, {one.share for one in options}
         freeze = self.train.freeze_bottom_after
-        if strategy.folds and ("side" in sides or shares != {"all"} or freeze):
+        if self.folds and ("side" in sides or shares != {"all"} or freeze):
             return (
-                "flora folds what is learned into the blocks themselves, which mode side, client.share and "
-                "train.freeze_bottom_after need as they are: use flexlora"
+                f"{strategy.name}{' with mixed ranks' * (strategy.name == 'ffa')} folds what is learned into "
+                "the blocks themselves, which mode side, client.share and train.freeze_bottom_after need as "
+                "they are: use flexlora"
             )
         if shares == {"none"} and (strategy.name not in _BY_LAYER or strategy.secure or strategy.privacy):
             return "client.share none leaves nothing to combine: use fedit, without secure and privacy"
@@ -370,6 +366,12 @@ class Scenario(Section):
         if privacy.clipping == "adaptive" and privacy.noise_multiplier >= most:
             return f"adaptive clipping of {self.sampled} clients needs a noise_multiplier below {most:g}"
         return ""
+
+    @property
+    def folds(self) -> bool:
+        """Whether clients add to their own weights what was learned and they do not wear."""
+        mixed = len({profile.options.r for profile in self.profiles()}) > 1
+        return self.strategy.name == "flora" or (self.strategy.name == "ffa" and mixed)
 
     @property
     def sampled(self) -> int:

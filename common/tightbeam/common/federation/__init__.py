@@ -16,7 +16,7 @@ from tightbeam.common.federation.aggregation import (
     aggregator_named,
     self_pruned_rank,
 )
-from tightbeam.common.federation.folding import beyond, kept, plus, principal
+from tightbeam.common.federation.folding import beyond, kept, on_shared_A, plus, principal
 from tightbeam.common.federation.lora import Arrays, LoraAdapter, LoraModule, fold, parse_adapter
 from tightbeam.common.federation.updates import Update, check_update
 
@@ -39,6 +39,7 @@ __all__ = [
     "check_update",
     "fold",
     "kept",
+    "on_shared_A",
     "parse_adapter",
     "plus",
     "principal",

@@ -1,7 +1,8 @@
 """Adapters of which each client wears the first directions and folds the others into its own weights.
 
-So a client of any rank starts a round from all that was learned: W + beyond(rank) + (what it wears). FLoRA
-keeps its sum exact that way and still goes on from the best directions instead of from zero:
+So a client of any rank starts a round from all that was learned, W + beyond(rank) + what it wears, and what
+it did not train is in the mean as it was: `kept`. Under FFA, whose A is one for all, that is a sum of B alone
+(`on_shared_A`). FLoRA goes on from the best directions instead of from zero, and stays exact:
 
     start = principal(nothing)          every direction of delta W, the largest singular value first
     client k wears start.resized(r_k), folds beyond(start, r_k), trains, hands in B_k A_k
@@ -17,7 +18,7 @@ from tightbeam.common.federation.lora import LoraAdapter
 from tightbeam.common.federation.lowrank import best_rank, stack
 from tightbeam.common.federation.updates import Update
 
-__all__ = ["beyond", "kept", "plus", "principal"]
+__all__ = ["beyond", "kept", "on_shared_A", "plus", "principal"]
 
 
 def beyond(adapter: LoraAdapter, rank: int) -> LoraAdapter:
@@ -41,6 +42,15 @@ def kept(start: LoraAdapter, updates: Sequence[Update]) -> LoraAdapter:
             shares_R[len(update.adapter[module.names[0]]) :] += update.weight / total
         modules[name] = module.with_factors(module.A_RI, module.B_OR * shares_R)
     return LoraAdapter(modules, {})
+
+
+def on_shared_A(start: LoraAdapter, updates: Sequence[Update], mean: LoraAdapter) -> LoraAdapter:  # noqa: N802
+    """FFA's next adapter: the clients' mean of B, and what was kept of the directions that some folded."""
+    modules = {
+        name: module.with_factors(module.A_RI, module.B_OR + mean.modules[name].padded(module.rank).B_OR)
+        for name, module in kept(start, updates).modules.items()
+    }
+    return LoraAdapter(modules, mean.rest)
 
 
 def plus(left: LoraAdapter, right: LoraAdapter) -> LoraAdapter:

@@ -22,9 +22,11 @@ from tightbeam.common.federation import (
     Aggregate,
     Arrays,
     LoraAdapter,
+    LoraModule,
     Update,
     aggregator_named,
     kept,
+    on_shared_A,
     parse_adapter,
     plus,
     principal,
@@ -137,7 +139,7 @@ class ByAggregator:
         seed = self._scenario.seed + number
         if groups[0].folds and self._scenario.strategy.restart == "fresh":
             after = state.after_fold(whole.adapter, self._rank, seed)
-        elif groups[0].folds:
+        elif self._scenario.folds:
             after = state.after(self._all_learned(state, accepted, whole.adapter, seed))
         else:
             after = state.after(whole.adapter)
@@ -155,14 +157,18 @@ class ByAggregator:
         """Nothing."""
 
     def _all_learned(
-        self, state: GlobalAdapter, accepted: Sequence[Accepted], stacked: LoraAdapter, seed: int
+        self, state: GlobalAdapter, accepted: Sequence[Accepted], mean: LoraAdapter, seed: int
     ) -> LoraAdapter:
-        """Delta W of this round's layers after it, exactly, by its directions."""
-        learned = LoraAdapter({}, {})
+        """Delta W of this round's layers after it, exactly: what clients trained, and what they folded."""
+        learned: dict[str, LoraModule] = {}
         for layers in _groups(accepted):
-            start = restricted(state.learned, layers)
-            learned = plus(learned, kept(start, _having(layers, accepted)))
-        return principal(plus(learned, stacked), self._rank, seed)
+            start, own = restricted(state.learned, layers), restricted(mean, layers)
+            having = _having(layers, accepted)
+            if self._scenario.strategy.name == "ffa":
+                learned |= on_shared_A(start, having, own).modules
+            else:
+                learned |= principal(plus(kept(start, having), own), self._rank, seed).modules
+        return LoraAdapter(learned, mean.rest)
 
     def _aggregate(self, layers: frozenset[str], accepted: Sequence[Accepted]) -> Aggregate:
         having = _having(layers, accepted)

@@ -40,6 +40,7 @@ class FederatedLora(Strategy):
         self._nodes = {node.profile.name: node for node in nodes}
         self._by_id = {node.node_id: node for node in self._nodes.values()}
         self._state, self._number = GlobalAdapter(LoraAdapter({}, {})), 0
+        self._folds = scenario.folds
         self._sent: dict[int, Message] = {}
         self._secure: SecureRounds | None = None
         if scenario.strategy.secure:
@@ -201,7 +202,7 @@ class FederatedLora(Strategy):
             node.profile.options.r,
             self.scenario.adapter.scale,
             self._seed(number),
-            folds=self.scenario.strategy.folds,
+            folds=self._folds,
         )
         before = self.journal.of_client(name, "client_round", "client_eval")
         config = ConfigRecord(
