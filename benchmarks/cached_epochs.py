@@ -1,10 +1,11 @@
 """Tokens per second of cached epochs of `top` and `side` beside `ushape`: same machine, data and batches.
 
 A real cloud process serves SmolLM2-135M on loopback; edge and cloud have one torch thread each, float32,
-lossless codec. The data are the demo's chats, answers learned. Runs of `ushape` and of the cached modes
-alternate at every cut, so a drifting machine moves all. A cached epoch is any after the first: its rows show
-that nothing crosses. Operations of edge and cloud stand beside the seconds: they do not depend on what else
-the machine does.
+lossless codec. The data are the demo's chats, answers learned. `side` adapts bottom and top and has a
+ladder, `ladder` is `side` with `adapt_bottom: false`. Runs of `ushape` and of the cached modes alternate at every cut,
+so a drifting machine moves all. A cached epoch is any after the first: its rows show that nothing crosses.
+Operations of edge and cloud stand beside the seconds: they do not depend on what else the machine does. A
+summary says how many of a batch's tokens begin like another sample's: cached modes compute those once.
 
     python -m benchmarks.cached_epochs             # fetches model and texts on first use, like the demo
 """
@@ -25,13 +26,21 @@ import psutil
 import torch
 from benchmarks.serving import chats, cloud_process, fitting, insecure_recipe
 from rich.console import Console
+from transformers import AutoTokenizer
 
 from tightbeam.common.costs.meter import read_ledger
+from tightbeam.edge.data import Example, load_examples
+from tightbeam.edge.packed_rows import PackedRows
 from tightbeam.edge.run import run_recipe
 from tightbeam.simulations.demo_inputs import cache_folder, prepare_model
 
 BATCH = 8
-MODES = ("ushape", "top", "side")
+MODES: dict[str, dict[str, Any]] = {
+    "ushape": {"mode": "ushape"},
+    "top": {"mode": "top"},
+    "side": {"mode": "side"},
+    "ladder": {"mode": "side", "side": {"adapt_bottom": False}},
+}
 
 
 def main() -> None:
@@ -51,14 +60,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = chats(folder, arguments.examples)
+        shared = _shared(load_examples(data, AutoTokenizer.from_pretrained(model)))
         with cloud_process(model, folder, "--insecure", *fitting(folder)) as address:
             for turn in range(arguments.rounds):
                 for cut in arguments.cuts.split(","):
-                    for mode in MODES:
+                    for mode, changes in MODES.items():
                         epochs = 1 if mode == "ushape" else 3
                         recipe = insecure_recipe(
                             model, address, data, f"{mode}-{cut.replace(':', '-')}-{turn}",
-                            cut=cut, mode=mode, train={"epochs": epochs},
+                            cut=cut, train={"epochs": epochs}, **changes,
                         )  # fmt: skip
                         result = run_recipe(recipe, console=Console(file=(folder / "log").open("a")))
                         rows = read_ledger(result.folder.ledger)
@@ -71,14 +81,25 @@ def main() -> None:
     print(f"{platform.machine()}, {psutil.cpu_count()} cores, torch {torch.__version__}")
     for cut in arguments.cuts.split(","):
         medians = {mode: statistics.median(speeds[cut, mode]) for mode in MODES}
-        line: dict[str, Any] = {"cut": cut}
-        for mode in MODES[1:]:
+        line: dict[str, Any] = {"cut": cut, "share_of_tokens_in_common": round(shared, 3)}
+        for mode in list(MODES)[1:]:
             line[f"ratio_{mode}"] = round(medians[mode] / medians["ushape"], 2)
             fewer = operations[cut, "ushape"] / operations[cut, mode]
             line[f"fewer_operations_{mode}"] = round(fewer, 2)
         line |= {f"{mode}_tokens_per_s": round(value, 1) for mode, value in medians.items()}
         line |= {f"{mode}_wire_bytes": moved[cut, mode] for mode in MODES}
         print(json.dumps(line))
+
+
+def _shared(examples: list[Example]) -> float:
+    """Share of the tokens that follow the same tokens as one of an earlier sample of their batch."""
+    rows = tokens = 0
+    for start in range(0, len(examples), BATCH):
+        packed = PackedRows.of_samples(
+            (example.input_ids for example in examples[start : start + BATCH]), torch.device("cpu")
+        )
+        rows, tokens = rows + packed.num_rows, tokens + len(packed.input_ids_N)
+    return 1 - rows / tokens
 
 
 def _speeds(rows: list[dict[str, Any]], first: int) -> list[float]:

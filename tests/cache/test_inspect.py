@@ -13,15 +13,15 @@ from tightbeam.edge.cache import clear_cache, identity_secret, inspect_cache, ve
 from tightbeam.edge.cache.store import shard_paths
 
 
-def test_info_counts_samples_by_scope_without_a_key(tmp_path: Path) -> None:
+def test_info_counts_entries_by_scope_without_a_key(tmp_path: Path) -> None:
     filled(tmp_path, 5, shard_bytes=1500)
     info = inspect_cache(tmp_path)
     (scope,) = info.scopes
-    assert scope.num_samples == 5
+    assert scope.num_entries == 5
     assert scope.num_bytes == sum(path.stat().st_size for path in shard_paths(tmp_path))
     assert scope.scope["fingerprint"] == SCOPE.fingerprint
     assert info.problems == []
-    assert "5 samples" in info.render()
+    assert "5 entries" in info.render()
     assert "cut 2:2" in info.render()
 
 
@@ -67,7 +67,7 @@ def test_the_commands(tmp_path: Path) -> None:
     secret = identity_secret(load_identity(tmp_path / "certs" / "edge"))
     with opened(folder, secret=secret) as cache:
         cache.put(digest(0), payload(0))
-    assert "1 samples" in run(app, ["cache", "info", str(folder)]).stdout
+    assert "1 entries" in run(app, ["cache", "info", str(folder)]).stdout
     mine = run(app, ["cache", "verify", str(folder), "--identity", str(tmp_path / "certs" / "edge")])
     assert (mine.exit_code, mine.stdout) == (0, "1 samples are intact, 0 problems\n")
     theirs = run(app, ["cache", "verify", str(folder), "--identity", str(tmp_path / "certs" / "other")])

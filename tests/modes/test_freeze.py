@@ -144,7 +144,7 @@ def test_the_evaluation_after_the_freeze_crosses_once(cloud: InProcessCloud, tmp
     assert len(evals) == 4
     assert all(row["row"] != "step" for row in rows[evals[2] + 1 :])
     held = inspect_cache(result.folder.path / "cache").scopes
-    assert [scope.num_samples for scope in held] == [23]
+    assert [scope.num_entries for scope in held] == [23]
     assert len(crossing.rows) == 2 + 2 * 6 + 2 + 6 + 2
 
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from support.tiny import TINY, ragged_batch, tiny_model
 from tightbeam.common.backbone import SegmentTable, packed_attention
+from tightbeam.edge.modes.last_block import last_mlp
 from tightbeam.edge.modes.packed import PackedBatch, packed_attention_in, packed_loss
 from tightbeam.edge.packed_rows import PackedRows
 
@@ -36,16 +37,24 @@ def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("family", list(TINY))
 def test_loss_and_gradients_are_those_of_the_padded_batch(family: str, side: str) -> None:
+    """Also where the last MLP runs for learned tokens only."""
     model, given = tiny_model(family), batch(side)
+    given["labels"][0, 4:8] = -100
     positions = (given["attention_mask"].cumsum(1) - 1).clamp_min(0)
     plain = model(**given, position_ids=positions).loss
     plain.backward()
     expected = gradients(model)
     packed = PackedBatch.of(given)
     assert packed.rows.num_rows == len(packed.rows.input_ids_N) - 3 * PREFIX
+    mlp, computed = last_mlp(model), []
+    assert (mlp is None) == (family == "opt")
+    if mlp is not None:
+        mlp.register_forward_hook(lambda m, args, out: computed.append(args[0].shape[1]))
     with packed_attention_in(model):
-        loss = packed_loss(model, packed)
+        loss = packed_loss(model, packed, mlp)
         loss.backward()
+    assert computed == ([] if mlp is None else [packed.num_read])
+    assert packed.num_read < min(packed.rows.num_rows, len(packed.place_L))
     assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
     found = gradients(model)
     assert found.keys() == expected.keys()

@@ -19,7 +19,7 @@ from support.edge_runs import byte_tokenizer, tiny_llama
 from support.in_process import InProcessCloud
 from support.tiny import ragged_batch, tiny_model
 from tightbeam.cloud.projections import ProjectionOptions
-from tightbeam.common.backbone import Segments
+from tightbeam.common.backbone import Segments, SegmentTable
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import BudgetError, CutError, FingerprintError, UsageError
 from tightbeam.common.runs import RunFolder
@@ -121,8 +121,8 @@ def test_the_formula_on_the_whole_model(cloud: InProcessCloud, folder: Path) -> 
         assert side.plan.taps == (2, 3)
         (projection,) = cloud.backbone.projections.values()
         taps = [projection(block, states[block + 1][0]) for block in side.plan.taps]
-        segments = Segments((10,), torch.arange(10))
-        change = adapted_1ND - states[2] + side.ladder(adapted_1ND[0], taps, segments)
+        table = SegmentTable(Segments((10,), torch.arange(10)), torch.device("cpu"))
+        change = adapted_1ND - states[2] + side.ladder(adapted_1ND[0], taps, table)
         hidden = states[4] + change
         inner = bottom.get_base_model().model
         positions = torch.arange(10)[None]
@@ -399,30 +399,38 @@ def test_a_budget_counts_the_taps(cloud: InProcessCloud, tmp_path: Path) -> None
     moved = sum(row.bytes.wire_total_bytes for row in top.rows)
     limits = {"train": {"max_mb": 1.3 * moved / 1e6}}
     for row in top.rows:
-        assert row.bytes.payload_down_bytes == row.tokens * 16 * 4
+        assert row.bytes.payload_down_bytes == (row.tokens - row.shared_tokens) * 16 * 4
     with pytest.raises(BudgetError):
         train_over(cloud, cached_recipe(tmp_path / "c", mode="side", side=SIDE, **limits))
 
 
-@pytest.mark.parametrize("adapt_bottom", [True, False])
-def test_flops_are_those_that_torch_counts(cloud: InProcessCloud, tmp_path: Path, adapt_bottom: bool) -> None:
-    """One epoch from the cache of another; torch sees matrix products and attention."""
-    shared = {"cache": {"dir": str(tmp_path / "shared")}}
-    train = {"epochs": 1, "batch_size": 1}
-    side = {**SIDE, "adapt_bottom": adapt_bottom}
+FLOPS = {
+    "top": {"mode": "top"},
+    "side": {"mode": "side", "side": SIDE},
+    "ladder": {"mode": "side", "side": {**SIDE, "adapt_bottom": False}},
+    "bypass": {"mode": "side", "side": {**SIDE, "taps": 0}},
+}
 
-    def run(name: str) -> list[dict[str, Any]]:
-        recipe = cached_recipe(
-            tmp_path / name, mode="side", side=side, train=train, adapter={"r": 2, "dropout": 0.0}, **shared
-        )
-        result, _ = train_over(cloud, recipe)
-        return [row for row in read_ledger(result.folder.ledger) if row["row"] == "optimizer_step"]
 
-    run("a")
+@pytest.mark.parametrize("mode", FLOPS)
+def test_flops_are_those_that_torch_counts(cloud: InProcessCloud, tmp_path: Path, mode: str) -> None:
+    """Two epochs from the cache of another run; torch sees matrix products and attention.
+
+    The first of them runs the bare bottom where its rows are needed: a run of mode top has left none.
+    """
+    shared = {"cache": {"dir": str(tmp_path / "shared")}, "adapter": {"r": 2, "dropout": 0.0}}
+    train_over(cloud, cached_recipe(tmp_path / "a", train={"epochs": 1}, **(shared | {"mode": "top"})))
+    changes = FLOPS[mode]
+    if mode != "bypass":
+        train_over(cloud, cached_recipe(tmp_path / "b", train={"epochs": 1}, **shared, **changes))
+    recipe = cached_recipe(tmp_path / "c", train={"epochs": 2}, **shared, **changes)
     with (
         torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         FlopCounterMode(display=False) as c,
     ):
-        rows = run("b")
-    counted = c.get_total_flops()
-    assert sum(row["edge_flops"] for row in rows) == pytest.approx(counted, rel=0.03)
+        result, crossing = train_over(cloud, recipe)
+    assert crossing.rows == []
+    rows = [row for row in read_ledger(result.folder.ledger) if row["row"] == "optimizer_step"]
+    first, second = (sum(row["edge_flops"] for row in rows[part]) for part in (slice(8), slice(8, None)))
+    assert first + second == pytest.approx(c.get_total_flops(), rel=1e-6)
+    assert (first > 1.05 * second) == (mode == "bypass")

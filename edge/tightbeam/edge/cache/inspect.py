@@ -18,7 +18,7 @@ class ScopeInfo:
     """The entries of one backbone, cut, bottom and codec."""
 
     scope: dict[str, object]
-    num_samples: int
+    num_entries: int
     num_bytes: int
 
 
@@ -39,7 +39,7 @@ class CacheInfo:
             what = info.scope
             bottom = str(what["bottom_sha256"])[:12] or "none"
             lines.append(
-                f"  {info.num_samples} samples, {info.num_bytes / 1e6:.1f} MB: backbone "
+                f"  {info.num_entries} entries, {info.num_bytes / 1e6:.1f} MB: backbone "
                 f"{str(what['fingerprint'])[:12]}, cut {what['cut']}, codecs {what['codec_up']} up and "
                 f"{what['codec_down']} down, {what['dtype']}, adapter below the cut: {bottom}"
             )

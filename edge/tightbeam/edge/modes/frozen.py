@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tightbeam.common.costs.flops import EdgeFlops, linear_params
 from tightbeam.edge.cache import ActivationCache, Scope
@@ -17,7 +18,9 @@ from tightbeam.edge.cache.filler import Filler, Sample
 from tightbeam.edge.cache.shortcut import FrozenParts, TrunkShortcut, passed_through
 from tightbeam.edge.data import Example
 from tightbeam.edge.modes.base import Job
+from tightbeam.edge.modes.last_block import last_mlp, left_out
 from tightbeam.edge.modes.packed import PackedBatch, packed_attention_in, packed_loss
+from tightbeam.edge.packed_rows import PackedRows
 
 __all__ = ["FrozenPhase", "freeze_below"]
 
@@ -53,7 +56,11 @@ class FrozenPhase:
             stack.enter_context(packed_attention_in(base))
             if self.cache is not None:
                 self.filler = Filler(self.shortcut, self._batches())
+            head = base.get_output_embeddings()
+            self._head_weights = linear_params(head) if head is not None else 0
             self._count_flops()
+            self._last_mlp = last_mlp(base)
+            self._mlp = self._count_mlp(base)
             self._stack = stack.pop_all()
 
     def before_step(self, step: int) -> None:
@@ -74,22 +81,35 @@ class FrozenPhase:
 
     def loss(self, batch: dict[str, Tensor]) -> Tensor:
         """Mean loss over the learned tokens; labels stay here, only missing activations cross."""
-        return packed_loss(self.job.model, PackedBatch.of(batch))
+        return packed_loss(self.job.model, PackedBatch.of(batch), self._last_mlp)
 
     def flops(self, batch: dict[str, Tensor]) -> int:
-        """Operations of the top blocks on real tokens, and of the head on learned ones."""
+        """Operations of the top blocks, each shared row once, and of the head on learned tokens."""
         packed, backward = PackedBatch.of(batch), torch.is_grad_enabled()
-        lengths, learned, head = packed.segments.lengths, len(packed.place_L), self._head_weights
-        linear, attention = self._top.forward_weights - head, self._top.forward_attention
+        head, mlp = (1 + backward) * self._head_weights, self._mlp.forward_weights
+        linear, attention = self._top.forward_weights, self._top.forward_attention
         if backward:
-            linear += self._top.backward_weights - head
+            mlp += self._mlp.backward_weights
+            linear += self._top.backward_weights
             attention += self._top.backward_attention
-        return 2 * (linear * sum(lengths) + (1 + backward) * head * learned) + attention * _squares(lengths)
+        if self.shortcut.runs_bottom(packed.digests):
+            linear += self._below.forward_weights
+            attention += self._below.forward_attention
+        weights = (linear - head - mlp) * packed.rows.num_rows + head * len(packed.place_L)
+        weights += mlp * packed.num_read
+        return 2 * weights + attention * _squares(packed.rows.segments.lengths)
 
     def filling_flops(self, examples: Iterable[Example]) -> int:
-        """Operations of the bottom's one pass over `examples`."""
-        lengths, below = [len(example.input_ids) for example in examples], self._below
-        return 2 * below.forward_weights * sum(lengths) + below.forward_attention * _squares(lengths)
+        """Operations of the bottom's one pass over `examples`, ahead of the steps."""
+        if self.filler is None:
+            return 0
+        wanted, below, total = {Sample(example.input_ids).digest for example in examples}, self._below, 0
+        for group in self.filler.groups:
+            if ids := [sample.input_ids for sample in group if sample.digest in wanted]:
+                rows = PackedRows.of_samples(ids, torch.device("cpu"))
+                total += 2 * below.forward_weights * rows.num_rows
+                total += below.forward_attention * _squares(rows.segments.lengths)
+        return total
 
     def commit(self) -> bool:
         """Put on disk what the cache holds and what is on its way; says whether anything was."""
@@ -119,8 +139,6 @@ class FrozenPhase:
             shortcut.remove()
 
     def _count_flops(self) -> None:
-        head = self.job.model.get_base_model().get_output_embeddings()
-        self._head_weights = linear_params(head) if head is not None else 0
         whole = EdgeFlops.from_model(self.job.model)
         with passed_through(self.parts.blocks, self.parts.bottom):
             self._top = top = EdgeFlops.from_model(self.job.model)
@@ -128,6 +146,21 @@ class FrozenPhase:
             forward_weights=whole.forward_weights - top.forward_weights,
             backward_weights=0,
             forward_attention=whole.forward_attention - top.forward_attention,
+            backward_attention=0,
+        )
+
+    def _count_mlp(self, base: PreTrainedModel) -> EdgeFlops:
+        """Of the last block's MLP, which runs for other rows than the rest."""
+        if self._last_mlp is None:
+            return EdgeFlops(0, 0, 0, 0)
+        whole = EdgeFlops.from_model(self.job.model)
+        with left_out(base, self._last_mlp):
+            rest = EdgeFlops.from_model(self.job.model)
+        head = 0 if rest.backward_weights or not whole.backward_weights else self._head_weights
+        return EdgeFlops(
+            forward_weights=whole.forward_weights - rest.forward_weights,
+            backward_weights=whole.backward_weights - rest.backward_weights - head,
+            forward_attention=0,
             backward_attention=0,
         )
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from tightbeam.common.backbone import PACKED_ATTENTION
 from tightbeam.edge.cache import sample_digest
 from tightbeam.edge.data import IGNORED
+from tightbeam.edge.modes.last_block import mlp_only_for
 from tightbeam.edge.packed_rows import PackedRows
 
 __all__ = ["PackedBatch", "packed_attention_in", "packed_loss"]
@@ -44,6 +45,12 @@ class PackedBatch:
         return cls(PackedRows.of(batch["input_ids"][keep_BT], lengths), place_L, next_N[place_L])
 
     @property
+    def num_read(self) -> int:
+        """Rows that the head reads; fewer than `L` where one row has several successors."""
+        shared = self.rows.shared
+        return len((self.place_L if shared is None else shared.row_N[self.place_L]).unique())
+
+    @property
     def digests(self) -> list[bytes]:
         """What the cache calls each sequence."""
         segments = self.rows.segments
@@ -51,11 +58,15 @@ class PackedBatch:
         return [sample_digest(ids[a:b], positions[a:b]) for a, b in segments.bounds]
 
 
-def packed_loss(model: nn.Module, packed: PackedBatch) -> Tensor:
-    """Mean cross-entropy over the learned tokens, in nats; the model must be in `packed_attention_in`."""
+def packed_loss(model: nn.Module, packed: PackedBatch, mlp: nn.Module | None = None) -> Tensor:
+    """Mean cross-entropy over the learned tokens, in nats; the model must be in `packed_attention_in`.
+
+    `mlp` is the last block's, if it may leave out what the head does not read.
+    """
     shared = packed.rows.shared
     row_L = packed.place_L if shared is None else shared.row_N[packed.place_L]
-    logits_1LV = model(**packed.rows.inputs(), logits_to_keep=row_L, use_cache=False).logits
+    with mlp_only_for(mlp, row_L):
+        logits_1LV = model(**packed.rows.inputs(), logits_to_keep=row_L, use_cache=False).logits
     return cross_entropy(logits_1LV[0].float(), packed.target_L)
 
 

@@ -54,11 +54,9 @@ class _SidePhase(FrozenPhase):
         return cache.has_room(answers + sum(map(side.bottom_bytes, samples.values())), 2 * len(samples))
 
     def _count_flops(self) -> None:
-        """As a walk over the model finds them; the ladder's attention is put right."""
+        """As a walk over the model finds them; the ladder's attention and taps are put right."""
         base, ladder = self.job.model.get_base_model(), self._side().ladder
-        head = base.get_output_embeddings()
-        self._head_weights = linear_params(head) if head is not None else 0
-        width, more_forward, more_backward = attention_width(base.config), 0, 0
+        width, more_forward, more_backward, of_taps = attention_width(base.config), 0, 0, 0
         bottom = [self.parts.blocks[i] for i in self.parts.bottom]
         self._below = EdgeFlops(
             forward_weights=sum(map(_backbone_weights, bottom)),
@@ -73,9 +71,10 @@ class _SidePhase(FrozenPhase):
             rungs = sum(stage.mix.in_features for stage in ladder.rungs())
             more_forward += 4 * (rungs - width)
             more_backward += 8 * (rungs - width)
+            of_taps = linear_params(ladder.up)  # which ask for no gradient
         self._top = EdgeFlops(
             forward_weights=found.forward_weights,
-            backward_weights=found.backward_weights,
+            backward_weights=found.backward_weights - of_taps,
             forward_attention=found.forward_attention + more_forward,
             backward_attention=found.backward_attention + more_backward,
         )
