@@ -329,6 +329,21 @@ def test_a_secure_private_run_reports_epsilon_and_its_clients_are_told_apart_by_
     assert "The server sees sums with noise only." in page
 
 
+@pytest.mark.parametrize("where", ["server", "client"])
+def test_no_noise_falls_on_a_frozen_bottom(playground: Playground, where: str) -> None:
+    privacy = {"noise_multiplier": 1.0, "clipping_norm": 0.05, "where": where}
+    scenario = playground.scenario(
+        rounds=3,
+        strategy={"weight": "equal", "privacy": privacy},
+        train={"freeze_bottom_after": 2},
+    )
+    playground.run(scenario)
+    before, after = playground.state(scenario, 2), playground.state(scenario)
+    for name, array in after.items():
+        assert np.array_equal(array, before[name]) == (".layers.0." in name), name
+    assert [row["updates"] for row in playground.rows(scenario, "round")] == [3, 3, 3]
+
+
 @pytest.mark.parametrize(
     ("strategy", "said"),
     [

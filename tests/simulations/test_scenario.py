@@ -10,7 +10,7 @@ from tightbeam.simulations.profiles import DEVICES, NETWORKS
 from tightbeam.simulations.scenario import Scenario, load_scenario, scenario_from_mapping
 
 SMALL: dict[str, Any] = {"clients": 4, "rounds": 2}
-PRIVATE = {"noise_multiplier": 1, "clipping_norm": 1}
+PRIVATE = {"weight": "equal", "privacy": {"noise_multiplier": 1, "clipping_norm": 1}}
 SCENARIOS = sorted((Path(scenario_from_mapping.__code__.co_filename).parent / "scenarios").glob("*.yaml"))
 
 
@@ -47,15 +47,9 @@ SCENARIOS = sorted((Path(scenario_from_mapping.__code__.co_filename).parent / "s
         ({"train": {"freeze_bottom_after": 1}, "strategy": {"name": "flora"}}, "need as they are"),
         ({"client": {"share": "none"}, "strategy": {"name": "krum"}}, "leaves nothing to combine"),
         ({"client": {"share": "none"}, "strategy": {"secure": True}}, "leaves nothing to combine"),
+        ({"train": {"freeze_bottom_after": 1}, "strategy": {"name": "fedadam"}}, "momentum would move"),
         (
-            {"train": {"freeze_bottom_after": 1}, "strategy": {"name": "fedadam"}},
-            "momentum would move a bottom",
-        ),
-        (
-            {
-                "groups": {"a": {"clients": 1, "cut": "2:2"}},
-                "strategy": {"weight": "equal", "privacy": PRIVATE},
-            },
+            {"groups": {"a": {"clients": 1, "cut": "2:2"}}, "strategy": PRIVATE},
             "strategy.privacy needs one cut, mode and share",
         ),
         ({"train": {"freeze_bottom_after": 2}}, "freeze_bottom_after is 2, but there are 2 rounds"),

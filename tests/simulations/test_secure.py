@@ -52,6 +52,18 @@ def test_what_is_not_shared_is_in_no_sum(signed: Signed) -> None:
         np.testing.assert_allclose(right[tensor], array, rtol=1e-4, atol=1e-7)
 
 
+def test_a_frozen_bottom_is_in_no_sum_any_more(signed: Signed) -> None:
+    changes: dict[str, Any] = {"train": {"lr": 2e-2, "freeze_bottom_after": 1}, "rounds": 3}
+    in_the_open, masked = signed.run(**changes), signed.run(**changes, strategy={"secure": True})
+    left, right = signed.playground.state(in_the_open), signed.playground.state(masked)
+    before = signed.playground.state(masked, 2)
+    for tensor, array in left.items():
+        np.testing.assert_allclose(right[tensor], array, rtol=1e-4, atol=1e-7)
+        assert np.array_equal(right[tensor], before[tensor]) == (".layers.0." in tensor), tensor
+    up = [row["adapter_up_bytes"] for row in signed.playground.rows(masked, "client_round")]
+    assert max(up[4:]) < 0.6 * min(up[:4]), "the vectors are those of the top alone"
+
+
 def test_a_client_that_vanishes_does_not_spoil_the_sum(signed: Signed) -> None:
     changes: dict[str, Any] = {"clients": 5, "rounds": 3, "faults": {"dropout": 0.2}}
     in_the_open, masked = signed.run(**changes), signed.run(**changes, strategy={"secure": True})

@@ -318,11 +318,11 @@ class Scenario(Section):
         profiles, name = self.profiles(), self.strategy.name
         ranks = {profile.options.r for profile in profiles}
         places = {profile.options.place for profile in profiles}
-        one_shape = name in _ONE_SHAPE or self.strategy.secure
-        if one_shape and len(ranks) > 1:
+        hidden = self.strategy.secure or self.strategy.privacy is not None
+        if (name in _ONE_SHAPE or hidden) and len(ranks) > 1:
             return f"{name} needs one rank, not {sorted(ranks)}: use flexlora, flora, hetlora or zeropad"
-        if (name in FLOWER_STRATEGIES or self.strategy.secure) and len(places) > 1:
-            what = "strategy.secure" if self.strategy.secure else name
+        if (name in FLOWER_STRATEGIES or hidden) and len(places) > 1:
+            what = f"strategy.{'secure' if self.strategy.secure else 'privacy'}" if hidden else name
             return f"{what} needs one cut, mode and share for all clients: use fedit or flexlora in the open"
         return ""
 
@@ -339,10 +339,10 @@ class Scenario(Section):
             )
         if shares == {"none"} and (strategy.name not in _BY_LAYER or strategy.secure or strategy.privacy):
             return "client.share none leaves nothing to combine: use fedit, without secure and privacy"
-        if freeze and (strategy.name not in _BY_LAYER or strategy.secure or strategy.privacy):
+        if freeze and strategy.name not in _BY_LAYER:
             return (
-                "train.freeze_bottom_after changes what is sent on the way, which secure, privacy and "
-                f"Flower's strategies do not allow: use {', '.join(_BY_LAYER)}"
+                f"{strategy.name} goes by arrays that are the same in all rounds, and momentum would move a "
+                f"bottom that train.freeze_bottom_after has frozen: use {', '.join(_BY_LAYER)}"
             )
         if freeze and freeze >= self.rounds:
             return f"train.freeze_bottom_after is {freeze}, but there are {self.rounds} rounds"

@@ -8,7 +8,7 @@ Flower's strategies see what their own FedAvg would: one record of arrays per cl
 a secure round they see one record, the mean, and do with it what they had done with that of the clients' own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -79,8 +79,10 @@ class Combined:
 class Combiner(Protocol):
     """One way to combine."""
 
-    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
-        """Hear what the chosen clients are sent; what they must be told beside it."""
+    def prepare(
+        self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid, frozen: Collection[str] = ()
+    ) -> ConfigRecord:
+        """Hear what the chosen clients are sent; what they must be told. Nobody trains `frozen` layers."""
         ...  # a Protocol's body
 
     def combine(self, number: int, state: GlobalAdapter, accepted: Sequence[Accepted]) -> Combined:
@@ -107,11 +109,14 @@ def combiner_for(scenario: Scenario, accounting: Accounting | None) -> Combiner:
     return ByFlower(scenario) if section.name in FLOWER_STRATEGIES else ByAggregator(scenario)
 
 
-def trained_part(arrays: Arrays, scenario: Scenario) -> Arrays:
-    """What clients hand in of what they were sent: without A, where it is frozen."""
-    if scenario.strategy.name != "ffa":
-        return arrays
-    return {name: array for name, array in arrays.items() if ".lora_A." not in name}
+def trained_part(arrays: Arrays, scenario: Scenario, frozen: Collection[str] = ()) -> Arrays:
+    """What clients hand in of what they were sent: without A in ffa, and without `frozen` layers."""
+    only_B = scenario.strategy.name == "ffa"
+    return {
+        name: array
+        for name, array in arrays.items()
+        if name.partition(".lora_")[0] not in frozen and not (only_B and ".lora_A." in name)
+    }
 
 
 class ByAggregator:
@@ -122,7 +127,9 @@ class ByAggregator:
         self._aggregator = aggregator_named(scenario.strategy.name)
         self._rank = max(profile.options.r for profile in scenario.profiles())
 
-    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
+    def prepare(
+        self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid, frozen: Collection[str] = ()
+    ) -> ConfigRecord:
         """Nothing: aggregators hold no state."""
         return ConfigRecord()
 
@@ -183,7 +190,9 @@ class ByFlower:
         self._strategy = _flower_strategy(scenario)
         self._name = type(self._strategy).__name__
 
-    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
+    def prepare(
+        self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid, frozen: Collection[str] = ()
+    ) -> ConfigRecord:
         """Let the strategy note the arrays that this round starts from; its messages are not used."""
         list(self._strategy.configure_train(number, sent, ConfigRecord(), grid))
         return ConfigRecord()
@@ -198,11 +207,11 @@ class ByFlower:
         return self._combined(state, number, [Message(content, 1, MessageType.TRAIN)])
 
     def _combined(
-        self, state: GlobalAdapter, number: int, replies: list[Message], frozen: Arrays | None = None
+        self, state: GlobalAdapter, number: int, replies: list[Message], untrained: Arrays | None = None
     ) -> Combined:
         record, _ = self._strategy.aggregate_train(number, replies)
         assert record is not None, "there is at least one reply"
-        arrays = from_record(record) | dict(frozen or {})
+        arrays = from_record(record) | dict(untrained or {})
         adapter = parse_adapter(arrays, self._scenario.adapter.scale, "the aggregate")
         return Combined(state.after(adapter), (f"combined by Flower's {self._name}",))
 
@@ -233,14 +242,16 @@ class ByPrivateFlower(ByFlower):
         self._private = private_strategy(scenario, accounting)
         self._strategy = self._private
         self._name = type(self._private).__name__
-        self._frozen: Arrays = {}
+        self._untrained: Arrays = {}
         self._trained = ArrayRecord()
 
-    def prepare(self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid) -> ConfigRecord:
+    def prepare(
+        self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid, frozen: Collection[str] = ()
+    ) -> ConfigRecord:
         """Give the strategy the arrays to clip against; hand on the norm that it has for the clients."""
         arrays = from_record(sent)
-        trained = trained_part(arrays, self._scenario)
-        self._frozen = {name: array for name, array in arrays.items() if name not in trained}
+        trained = trained_part(arrays, self._scenario, frozen)
+        self._untrained = {name: array for name, array in arrays.items() if name not in trained}
         assert isinstance(self._private.strategy, Chosen)
         self._private.strategy.num_chosen = self._private.num_sampled_clients = num_chosen
         config = ConfigRecord({"server-round": number})
@@ -258,7 +269,7 @@ class ByPrivateFlower(ByFlower):
         for one in accepted:
             records = one.reply.content.array_records
             records["arrays"] = measurable(records["arrays"], self._trained)
-        combined = self._combined(state, number, [one.reply for one in accepted], self._frozen)
+        combined = self._combined(state, number, [one.reply for one in accepted], self._untrained)
         if isinstance(self._private, Adaptive):
             self._accounting.release(adaptive_multiplier(self._private, norm))
         return combined

@@ -14,7 +14,7 @@ from the sum who moved where: the plan that all sign for names one.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -209,9 +209,15 @@ class SecureRounds:
         self._roster[name] = _public_key(certificate)
 
     def open(
-        self, number: int, purpose: Purpose, sent: ArrayRecord, names: Sequence[str], grid: Grid
+        self,
+        number: int,
+        purpose: Purpose,
+        sent: ArrayRecord,
+        names: Sequence[str],
+        grid: Grid,
+        frozen: Collection[str] = (),
     ) -> Opened:
-        """Agree on keys and shares with the clients that are to work.
+        """Agree on keys and shares with the clients that are to work; nobody trains `frozen` layers.
 
         Raises:
             CohortError: too few of them answer.
@@ -219,7 +225,7 @@ class SecureRounds:
 
         """
         self._grid, self._failures, self.moved_bytes = grid, dict[str, str](), 0
-        self._server = SecAggServer(self._plan(number, purpose, sent, sorted(names)), self._roster)
+        self._server = SecAggServer(self._plan(number, purpose, sent, sorted(names), frozen), self._roster)
         self._exchange("join", self._server.open())
         try:
             self._exchange("share", self._server.advance())
@@ -252,7 +258,9 @@ class SecureRounds:
         """Who failed in an exchange of this round, and how."""
         return dict(self._failures)
 
-    def _plan(self, number: int, purpose: Purpose, sent: ArrayRecord, names: list[str]) -> Plan:
+    def _plan(
+        self, number: int, purpose: Purpose, sent: ArrayRecord, names: list[str], frozen: Collection[str]
+    ) -> Plan:
         section = self._scenario.strategy
         if len(names) < section.min_cohort:
             raise FederationError(
@@ -260,7 +268,7 @@ class SecureRounds:
                 cure="Raise sample, or set strategy.secure to false.",
             )
         arrays = from_record(sent)
-        trained = trained_part(arrays, self._scenario) if purpose == "train" else {}
+        trained = trained_part(arrays, self._scenario, frozen) if purpose == "train" else {}
         self._layout = Layout.of(_with_loss(trained, 0.0))
         return Plan(
             federation=self._scenario.output.name,

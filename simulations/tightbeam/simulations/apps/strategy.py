@@ -74,7 +74,8 @@ class FederatedLora(Strategy):
         if not messages:
             return []
         first = messages[0].content.array_records["arrays"]
-        told = self.combiner.prepare(server_round, first, len(messages), grid)
+        frozen = self._frozen(chosen[0])
+        told = self.combiner.prepare(server_round, first, len(messages), grid, frozen)
         for message in messages:
             message.content.config_records["config"].update(told)
         return messages if self._secure is None else self._opened(server_round, "train", messages, grid)
@@ -84,7 +85,8 @@ class FederatedLora(Strategy):
         assert self._secure is not None
         sent = messages[0].content.array_records["arrays"]
         names = {m.metadata.dst_node_id: self._by_id[m.metadata.dst_node_id].profile.name for m in messages}
-        opened = self._secure.open(number, purpose, sent, list(names.values()), grid)
+        frozen = self._frozen(self._by_id[messages[0].metadata.dst_node_id])
+        opened = self._secure.open(number, purpose, sent, list(names.values()), grid, frozen)
         kind = _ROWS[purpose]
         for name, reason in sorted(opened.failures.items()):
             # It was sent nothing to work on, so its row has no costs.
@@ -223,10 +225,12 @@ class FederatedLora(Strategy):
 
     def _trained(self, node: Node) -> LoraAdapter:
         """What a client hands back in this round: once the bottom is frozen, nothing below its cut."""
+        return restricted(node.layers, node.layers.shapes().keys() - self._frozen(node))
+
+    def _frozen(self, node: Node) -> frozenset[str]:
+        """Layers that a client has and does not train in this round."""
         freeze = self.scenario.train.freeze_bottom_after
-        if freeze is None or self._number <= freeze:
-            return node.layers
-        return restricted(node.layers, node.layers.shapes().keys() - node.below)
+        return frozenset() if freeze is None or self._number <= freeze else node.below
 
     def _name_of(self, reply: Message) -> str:
         return self._by_id[reply.metadata.src_node_id].profile.name
@@ -298,8 +302,9 @@ class FederatedLora(Strategy):
     def _secure_mean(self, number: int, found: SecureSum) -> Combined:
         assert self._secure is not None
         mean: dict[str, Any] = dict(found.mean)
-        sent = from_record(next(iter(self._sent.values())).content.array_records["arrays"])
-        trained = trained_part(sent, self.scenario)
+        node_id, message = next(iter(self._sent.items()))
+        sent = from_record(message.content.array_records["arrays"])
+        trained = trained_part(sent, self.scenario, self._frozen(self._by_id[node_id]))
         mean |= {name: array for name, array in sent.items() if name not in trained}
         combined = self.combiner.after_mean(self._state, number, mean)
         if self.accounting is not None:
