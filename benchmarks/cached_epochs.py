@@ -2,10 +2,10 @@
 
 A real cloud process serves SmolLM2-135M on loopback; edge and cloud have one torch thread each, float32,
 lossless codec. The data are the demo's chats, answers learned. `side` adapts bottom and top and has a
-ladder, `ladder` is `side` with `adapt_bottom: false`. Runs of `ushape` and of the cached modes alternate at every cut,
-so a drifting machine moves all. A cached epoch is any after the first: its rows show that nothing crosses.
-Operations of edge and cloud stand beside the seconds: they do not depend on what else the machine does. A
-summary says how many of a batch's tokens begin like another sample's: cached modes compute those once.
+ladder, `ladder` is `side` with `adapt_bottom: false`. Runs of `ushape` and of the cached modes alternate at
+every cut, so a drifting machine moves all. A cached epoch is any after the first: its rows show that nothing
+crosses. Operations of edge and cloud stand beside the seconds: they do not depend on what else the machine
+does. A summary says how many of a batch's tokens begin like another sample's: cached modes compute those once.
 
     python -m benchmarks.cached_epochs             # fetches model and texts on first use, like the demo
 """
