@@ -65,6 +65,16 @@ def _spec(**changes: Any) -> pb.TensorSpec:
     return pb.TensorSpec(**(fields | changes))
 
 
+def _shared(of: int, rows: int) -> dict[str, Any]:
+    """Sequences of three and two tokens, of which the second shares."""
+    lengths = {"lengths": [3, 2], "run_starts": [0, 0], "run_lengths": [3, 2]}
+    return lengths | {
+        "prefix_of": [0, of],
+        "prefix_rows": [0, rows],
+        "tensors": [_spec(shape=[5 - rows, 32])],
+    }
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
@@ -84,6 +94,11 @@ def _spec(**changes: Any) -> pb.TensorSpec:
         ({"lengths": [5, 0]}, ProtocolError, "malformed"),
         ({"run_starts": []}, ProtocolError, "malformed"),
         ({"run_lengths": [0]}, ProtocolError, "malformed"),
+        (_shared(0, 2) | {"tensors": [_spec()]}, ProtocolError, "must have the shape"),
+        (_shared(1, 2), ProtocolError, "not before it"),
+        (_shared(0, 3), ProtocolError, "more rows than there are"),
+        (_shared(0, 2) | {"keep": True}, ProtocolError, "no backward will follow"),
+        (_shared(0, 2) | {"prefix_of": []}, ProtocolError, "of each sequence"),
         ({"run_starts": [60]}, StepTooLargeError, "beyond the 64"),
         ({"run_starts": [1 << 31]}, StepTooLargeError, "beyond the 64"),
     ],
@@ -95,6 +110,18 @@ def test_a_request_that_is_refused_by_its_header(
     header, payloads = _request(**changes)
     with pytest.raises(error, match=words):
         channel.submit(header, payloads).result(timeout=30)
+
+
+def test_shared_rows_that_are_none(channel: InProcessChannel) -> None:
+    """At other positions: refused where the map is made, and the stream goes on."""
+    payload = torch.ones(3, 32).flatten().view(torch.uint8)
+
+    def ask(**changes: Any) -> pb.StepReply:
+        header, _ = _request(**(_shared(0, 2) | changes))
+        return channel.submit(header, [payload]).result(timeout=30).reply.header
+
+    assert "other positions" in ask(run_starts=[0, 1]).failure.message
+    assert [list(spec.shape) for spec in ask().tensors] == [[3, 32]]
 
 
 def test_positions_that_do_not_cover_the_segments(channel: InProcessChannel) -> None:

@@ -146,6 +146,8 @@ def test_a_run_in_top_is_predicted_and_compared(cloud: InProcessCloud, tmp_path:
     assert edge.prediction.predicted_payload_bytes == edge.prediction.measured_payload_bytes > 0
     width = edge.hidden_size or 0
     assert modes["ushape"].payload_bytes == trained * 4 * width * 4 + evaluated * 2 * width * 4
+    assert 0 < edge.shared_tokens == edge.fill_tokens - edge.crossed_tokens
+    assert modes["side"].payload_bytes == pytest.approx(2.5 * width * 4 * edge.crossed_tokens)
     assert modes["top"].measured
     assert not modes["ushape"].measured
     assert modes["ushape"].cloud_flops > 3 * modes["top"].cloud_flops

@@ -34,7 +34,7 @@ class Runs:
     """Short runs of a mode, each in a folder of its own, on one cache."""
 
     def __init__(self, cloud: InProcessCloud, folder: Path, mode: str) -> None:
-        self._cloud, self._folder, self._mode = cloud, folder, mode
+        self._cloud, self._folder, self.mode = cloud, folder, mode
         self._number = 0
         self.cache = folder / "cache"
 
@@ -45,7 +45,7 @@ class Runs:
         self._number += 1
         section = {"dir": str(self.cache)}
         recipe = cached_recipe(
-            self._folder / str(self._number), cache=section, train={"epochs": 2}, **MODES[self._mode]
+            self._folder / str(self._number), cache=section, train={"epochs": 2}, **MODES[self.mode]
         )
         if replace is not None:
             text = recipe.data.train.read_text()
@@ -80,7 +80,9 @@ def test_damage_is_named_and_fetched_again(runs: Runs, damage: str) -> None:
     assert second == first
     assert shard.name in crossing.said
     assert "fetched again" in crossing.said
-    assert (len(crossing.rows) == 1) == (damage == "flip")
+    # the entry that was hit may hold what side's bottom gave, which is computed again
+    assert (len(crossing.rows) <= 1) == (damage == "flip")
+    assert crossing.rows or runs.mode == "side"
     third, nothing = runs.train()
     assert third == first
     assert nothing.rows == []  # a shared cache: another run on the same data asks for nothing
@@ -90,7 +92,7 @@ def test_damage_is_named_and_fetched_again(runs: Runs, damage: str) -> None:
 def test_a_foreign_shard_is_named_and_left_unread(runs: Runs, cloud: InProcessCloud, tmp_path: Path) -> None:
     """Of another identity's cache, in the place of the only shard of ours."""
     first, whole = runs.train()
-    other = Runs(cloud, tmp_path / "other", runs._mode)
+    other = Runs(cloud, tmp_path / "other", runs.mode)
     other.train(secret=b"t" * 32)
     runs.shard().unlink()
     (runs.cache / other.shard().name).write_bytes(other.shard().read_bytes())
@@ -114,7 +116,7 @@ def test_a_changed_sample_crosses_and_nothing_else(runs: Runs, cloud: InProcessC
     change = ('"5 + 1 =', '"5 + one =')
     changed, crossing = runs.train(replace=change)
     assert sum(row.segments for row in crossing.rows) in range(1, 4)  # its group of three at most
-    fresh, everything = Runs(cloud, tmp_path / "fresh", runs._mode).train(replace=change)
+    fresh, everything = Runs(cloud, tmp_path / "fresh", runs.mode).train(replace=change)
     assert changed == fresh
     assert sum(row.segments for row in everything.rows) == 23
 
@@ -140,7 +142,7 @@ def test_a_changed_tokenizer_finds_nothing(runs: Runs, cloud: InProcessCloud, tm
     changed, crossing = runs.train(tokenizer=other_tokenizer())
     assert sum(row.segments for row in crossing.rows) == 23
     assert changed != first
-    assert changed == Runs(cloud, tmp_path / "fresh", runs._mode).train(tokenizer=other_tokenizer())[0]
+    assert changed == Runs(cloud, tmp_path / "fresh", runs.mode).train(tokenizer=other_tokenizer())[0]
     again, nothing = runs.train()  # and the old one finds its own
     assert again == first
     assert nothing.rows == []
