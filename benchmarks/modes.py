@@ -60,6 +60,9 @@ MODES = {
     "side-8": Mode(top=8, taps=8),
     "side-12": Mode(top=12, taps=8, lr=1e-3),
     "side-12-bypass": Mode(top=12, taps=0, lr=1e-3),
+    "side-12-backbone": Mode(top=12, taps=8, lr=1e-3, from_backbone=True),
+    "side-2-ladder": Mode(top=2, taps=8, freeze_after=0.0, lr=1e-3),  # the bottom is not trained
+    "side-2-ladder-backbone": Mode(top=2, taps=8, freeze_after=0.0, lr=1e-3, from_backbone=True),
     "side-12-int4": Mode(top=12, activations="int4", taps=8, lr=1e-3),
 }
 

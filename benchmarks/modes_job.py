@@ -41,6 +41,7 @@ class Mode:
     freeze_after: float | None = None  # epochs; 0 is mode `top`
     whole: bool = False  # adapters everywhere and nothing crosses: the baseline
     taps: int | None = None  # of mode `side`; 0: no ladder
+    from_backbone: bool = False  # the ladder starts from backbone weights
     rank: int = 16
     lr: float = 2e-3
     bottom_lr: float = 1.0  # times lr
