@@ -5,7 +5,7 @@ lossless codec. The data are the demo's chats, answers learned. `side` adapts bo
 ladder, `ladder` is `side` with `adapt_bottom: false`. Runs of `ushape` and of the cached modes alternate at
 every cut, so a drifting machine moves all. A cached epoch is any after the first: its rows show that nothing
 crosses. Operations of edge and cloud stand beside the seconds: they do not depend on what else the machine
-does. A summary says how many of a batch's tokens begin like another sample's: cached modes compute those once.
+does. A summary says which share of a batch's tokens is computed once for several samples.
 
     python -m benchmarks.cached_epochs             # fetches model and texts on first use, like the demo
 """
