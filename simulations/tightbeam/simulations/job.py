@@ -13,9 +13,9 @@ from tightbeam.common.costs.modes import TokenBytes
 from tightbeam.simulations.journal import Row
 from tightbeam.simulations.scenario import Scenario
 
-__all__ = ["TENSORS", "Job", "job_of"]
+__all__ = ["Job", "job_of"]
 
-TENSORS = ("activations_up", "activations_down", "gradients_up", "gradients_down")
+_TENSORS = ("activations_up", "activations_down", "gradients_up", "gradients_down")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,7 @@ class Job:
     @property
     def weights(self) -> int:
         """Elements of the whole backbone."""
-        return self.weight_bytes // element_bytes(self.dtype)
+        return self.weight_bytes // _element_bytes(self.dtype)
 
     @property
     def every_step(self) -> tuple[int, int]:
@@ -53,7 +53,7 @@ class Job:
 
     def wire_bytes(self, codec: str, forward: float, backward: float = 0.0) -> float:
         """Of so many tokens' activations, and so many tokens' gradients."""
-        row = TokenBytes.of(self.hidden_size, dict.fromkeys(TENSORS, codec))
+        row = TokenBytes.of(self.hidden_size, dict.fromkeys(_TENSORS, codec))
         payload = forward * row.forward + backward * (row.training - row.forward)
         return payload * self.wire_ratio
 
@@ -93,7 +93,7 @@ def job_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row])
     )
 
 
-def element_bytes(dtype: str) -> int:
+def _element_bytes(dtype: str) -> int:
     """Of one weight as the cloud serves it."""
     return 4 if dtype == "float32" else 2
 
@@ -105,7 +105,7 @@ def _sum(rows: Iterable[Row], *names: str) -> Any:
 def _trunk_weights(backbone: Mapping[str, Any], held_bytes: int | None) -> int:
     """Elements that a client which holds so much does not hold; none for one that never fetched any."""
     kept = backbone["weight_bytes"] if held_bytes is None else held_bytes
-    return int(backbone["weight_bytes"] - kept) // element_bytes(backbone["dtype"])
+    return int(backbone["weight_bytes"] - kept) // _element_bytes(backbone["dtype"])
 
 
 def _ushape_flops(
@@ -121,7 +121,7 @@ def _ushape_flops(
             edge, cloud = edge + row.get("edge_flops", 0), cloud + row.get("cloud_flops", 0)
             continue
         per_weight = (4 if trains else 2) * row.get("tokens", 0)
-        edge += per_weight * (held.get(row["client"], 0) // element_bytes(backbone["dtype"]))
+        edge += per_weight * (held.get(row["client"], 0) // _element_bytes(backbone["dtype"]))
         cloud += per_weight * _trunk_weights(backbone, held.get(row["client"]))
     return edge, cloud
 
