@@ -85,7 +85,7 @@ def test_every_text_crosses_once_and_no_bit_changes(playground: Playground, free
     once, always = (_crossed(playground, one, "client_round") for one in scenarios)
     before = freeze or 0
     assert once[:before] == always[:before]
-    assert 0 < once[before] <= always[before], "a cache fills in larger steps, whose texts have rows in common"
+    assert 0 < once[before] <= always[before], "a cache fills in larger steps, which have rows in common"
     assert once[before + 1 :] == [0] * (2 - before)
     assert all(always)
     held_out = _crossed(playground, cached, "client_eval")  # of rounds 0 to 3
