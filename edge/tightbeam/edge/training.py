@@ -146,7 +146,11 @@ class _Training:
         )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         section = self.recipe.train
-        self.optimizer = torch.optim.AdamW(self.trained, lr=section.lr, weight_decay=section.weight_decay)
+        # One pass over the numbers instead of a dozen; on a CPU they are most of what a step of AdamW takes.
+        fused = self.trained[0].device.type == "cpu"
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=section.lr, weight_decay=section.weight_decay, fused=fused
+        )
         self.scheduler = get_scheduler(
             section.schedule if section.schedule != "constant" else "constant_with_warmup",
             self.optimizer,
