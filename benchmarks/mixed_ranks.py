@@ -342,7 +342,10 @@ def topics_of(texts: Sequence[str], count: int, iterations: int = 20) -> list[st
 
 
 def summarise(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """One row per strategy, best first: losses of the seeds at the rate that the search chose."""
+    """One row per strategy, best first: losses of the seeds at the rate that the search chose.
+
+    A strategy that was only searched for has no loss.
+    """
     rows = [json.loads(line) for file in files for line in file.read_text().splitlines() if line[:1] == "{"]
     by_strategy: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in sorted(rows, key=lambda row: int(row["seed"])):
@@ -351,35 +354,37 @@ def summarise(files: Sequence[Path]) -> list[dict[str, Any]]:
     for strategy, own in by_strategy.items():
         search = {row["lr"]: _mean(row["loss"].values()) for row in own if row["seed"] == SEARCH_SEED}
         runs = [row for row in own if row["seed"] != SEARCH_SEED]
-        losses = [_mean(row["loss"].values()) for row in runs]
+        losses, ranks = [_mean(row["loss"].values()) for row in runs], own[0]["loss"] if runs else ()
         found.append(
             {
                 "strategy": strategy,
-                "loss": _mean(losses),
+                "loss": _mean(losses) if losses else None,
                 "losses": losses,
-                "by_rank": {r: _mean(row["loss"][r] for row in runs) for r in runs[0]["loss"]},
-                "error_by_rank": {r: _mean(row["error"][r] for row in runs) for r in runs[0]["loss"]},
-                "lr": runs[0]["lr"],
+                "by_rank": {r: _mean(row["loss"][r] for row in runs) for r in ranks},
+                "error_by_rank": {r: _mean(row["error"][r] for row in runs) for r in ranks},
+                "lr": runs[0]["lr"] if runs else min(search, key=lambda lr: search[lr]),
                 "search": search,
                 "seeds": [row["seed"] for row in runs],
-                **{name: runs[0][name] for name in ("before", "rounds", "steps", "batch")},
+                **{name: own[0][name] for name in ("before", "rounds", "steps", "batch")},
             }
         )
-    return sorted(found, key=lambda row: float(row["loss"]))
+    return sorted(found, key=lambda row: (row["loss"] is None, row["loss"] or min(row["search"].values())))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The table of docs/federation-math.md."""
+    """The table of docs/federation-math.md; "search" is the best loss of seed 100, on other entries."""
     seeds = sorted({seed for row in rows for seed in row["seeds"]})
     names = ["loss", *(f"seed {seed}" for seed in seeds), "rank 4", "rank 8", "rank 16", "error, rank 4 / 16"]
-    lines = [f"| | {' | '.join([*names, 'lr'])} |", "|" + "---|" * (len(names) + 2)]
+    names += ["search", "lr"]
+    lines = [f"| | {' | '.join(names)} |", "|" + "---|" * (len(names) + 1)]
     for row in rows:
         ranks = [f"{row['by_rank'][r]:.4f}" if r in row["by_rank"] else "" for r in ("4", "8", "16")]
         errors = [row["error_by_rank"].get(r) for r in ("4", "16")]
         error = " / ".join("-" if e is None else f"{e:.2g}" for e in errors)
         by_seed = dict(zip(row["seeds"], row["losses"], strict=True))
         losses = [f"{by_seed[seed]:.4f}" if seed in by_seed else "" for seed in seeds]
-        cells = [f"{row['loss']:.4f}", *losses, *ranks, error, f"{row['lr']:g}"]
+        loss = f"{row['loss']:.4f}" if row["losses"] else ""
+        cells = [loss, *losses, *ranks, error, f"{min(row['search'].values()):.4f}", f"{row['lr']:g}"]
         lines.append(f"| {row['strategy']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -200,11 +200,15 @@ def test_the_summary_keeps_search_and_table_apart(bench: ModuleType, tmp_path: P
     assert found["search"] == {0.1: 0.5, 0.2: 1.0}
     cut_off = found | {"strategy": "zeropad", "losses": [2.5], "seeds": [1]}
     table = bench.table([found, cut_off])
-    assert "| flora | 3.5000 | 4.5000 | 2.5000 | 3.0000 |  | 4.0000 | 3 / 4 | 0.1 |" in table
+    assert "| flora | 3.5000 | 4.5000 | 2.5000 | 3.0000 |  | 4.0000 | 3 / 4 | 0.5000 | 0.1 |" in table
     assert "| zeropad | 3.5000 |  | 2.5000 | 3.0000 |  |" in table, "a seed that did not run stays empty"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    (only,) = bench.summarise([path])
+    assert "| flora |  |  |  |  | - / - | 0.5000 | 0.1 |" in bench.table([only])
 
 
-def test_the_table_of_the_docs_is_that_of_the_lines(bench: ModuleType) -> None:
-    lines = (ROOT / "docs" / "data" / "mixed_ranks.jsonl").read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize("name", ["mixed_ranks.jsonl", "mixed_ranks_top.jsonl"])
+def test_the_table_of_the_docs_is_that_of_the_lines(bench: ModuleType, name: str) -> None:
+    lines = (ROOT / "docs" / "data" / name).read_text(encoding="utf-8").splitlines()
     text = (ROOT / "docs" / "federation-math.md").read_text(encoding="utf-8")
     assert bench.table([json.loads(line) for line in lines]) in text
