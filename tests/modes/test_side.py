@@ -404,7 +404,7 @@ def test_a_budget_counts_the_taps(cloud: InProcessCloud, tmp_path: Path) -> None
         train_over(cloud, cached_recipe(tmp_path / "c", mode="side", side=SIDE, **limits))
 
 
-FLOPS = {
+FLOPS: dict[str, dict[str, Any]] = {
     "top": {"mode": "top"},
     "side": {"mode": "side", "side": SIDE},
     "ladder": {"mode": "side", "side": {**SIDE, "adapt_bottom": False}},
