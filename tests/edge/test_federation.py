@@ -129,7 +129,7 @@ def test_training_is_a_function_of_adapter_data_and_seed(
     assert done.tokens == sum(row.tokens for row in done.rows if row.kind == "forward")
     assert done.tokens == work.plan_tokens(examples, _task(order_seed=1))
     assert done.edge_flops == work.planned_flops(examples, _task(order_seed=1))
-    assert done.moved.wire_total_bytes == sum(row.bytes.wire_total_bytes for row in rows) > 0
+    assert done.rows == rows
     assert 0 < done.edge_s < done.wall_s
 
 

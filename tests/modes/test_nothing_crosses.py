@@ -4,6 +4,8 @@ Real cloud processes over gRPC. What is counted includes everything on the conne
 and pings. Killed edges resume to the same bits, whether the cache was filling or full.
 """
 
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -193,11 +195,12 @@ def test_a_killed_edge_resumes_to_the_same_bits(patient: Cloud, tmp_path: Path, 
     with Mitm(patient.address) as mitm:
         shaken = written("shaken", mitm.address)
         ledger = shaken / "runs/run/ledger.jsonl"
-        filling = Command(shaken, "train", "recipe.yaml")
+        filling, killed = Command(shaken, "train", "recipe.yaml"), threading.Event()
 
         def kill_once(way: Way, number: int) -> None:
-            if way == "up" and number >= 30 and filling.process.is_alive():
-                filling.kill()
+            if way == "up" and number >= 30 and not killed.is_set():
+                killed.set()
+                filling.signal(signal.SIGKILL)  # the main thread alone waits for its end
 
         mitm.on_record = kill_once
         filling.process.join(60)
