@@ -60,7 +60,7 @@ def test_an_oversized_step(mitm: Mitm, monkeypatch: pytest.MonkeyPatch) -> None:
             run.model(**batch(0, rows=6))
         assert mitm.calls["Steps"] == 0  # the edge itself
         (mine,) = run.cloud._steppers
-        monkeypatch.setattr(mine, "_max_tokens", 10**9)
+        monkeypatch.setattr(mine, "max_tokens_per_step", 10**9)
         with pytest.raises(
             StepTooLargeError, match=r"step of 45 tokens is over this cloud's limit of 40.*smaller"
         ):
