@@ -279,7 +279,9 @@ def test_a_sample_is_known_again_wherever_padding_puts_it(cloud: InProcessCloud)
     edge = Edge(cloud)
     edge.forward(0)
     padded = Segments(LENGTHS, torch.tensor([0, 1, 2, 3, 1, 2, 3]))
-    samples = [edge.stepper.deltas._samples(each, IDS[0], SIZE) for each in (SEGMENTS, padded)]  # type: ignore[union-attr]  # it has some
+    deltas = edge.stepper.deltas
+    assert deltas is not None
+    samples = [deltas._samples(each, IDS[0], SIZE) for each in (SEGMENTS, padded)]
     assert samples[0] == samples[1]
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from support.cached_runs import save_model
+from support.comparing import gradients
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from support.tiny import TINY, ragged_batch, tiny_model
@@ -22,12 +21,6 @@ from tightbeam.edge.modes.packed import PackedBatch, packed_attention_in, packed
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

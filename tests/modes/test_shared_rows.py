@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
+from support.comparing import gradients
 from support.tiny import TINY, ragged_batch, tiny_model
 from tightbeam.common.backbone import SegmentTable, packed_attention
 from tightbeam.edge.modes.last_block import last_mlp
@@ -26,12 +26,6 @@ def batch(side: str = "right") -> dict[str, Tensor]:
         keep_T[start] = False  # nothing predicts the first token
     given["labels"] = given["input_ids"].masked_fill(~keep_BT, -100)
     return given
-
-
-def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -14,6 +14,7 @@ __all__ = [
     "LOSS_TOLERANCE",
     "Difference",
     "compare",
+    "gradients",
     "greedy",
     "lora",
     "targets",
@@ -34,6 +35,13 @@ _TARGETS = {
     "phi3": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }
 _LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def gradients(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Copies of what was accumulated, by parameter; the model's own are cleared."""
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
 
 
 @dataclass(frozen=True, slots=True)
