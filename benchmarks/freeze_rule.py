@@ -2,7 +2,7 @@
 
 The task, its settings and its one process are those of `modes.py` (SmolLM2-135M on the Jargon File), cut 4:8
 with nothing coded; the rule is the very file that the edge runs. The distance is the edge's: on the first 512
-tokens or so of the training data, float32.
+tokens or so of the training data, here in bf16.
 
     python -m benchmarks.freeze_rule --model FOLDER --data FOLDER --seeds 0,1,2 --lr 2e-3
 
@@ -25,7 +25,7 @@ from benchmarks.modes_job import Job, job_options
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-MODE = "ushape-4:8"
+MODE = replace(MODES["freeze-4:8-half-small"], freeze_after=None)  # the recipe's rank, rate and batches
 
 
 def _load_rule() -> ModuleType:
@@ -89,11 +89,13 @@ class Watched:
     def _probe(self) -> Tensor:
         """What enters the trunk, `[N, D]`."""
         job, found = self.job, []
+        job.model.eval()
         hook = job.up.register_forward_pre_hook(lambda _, args: found.append(args[0][0].float()))
         for ids, _ in job.train:
             ids_1N = torch.tensor([ids], device=job.device)
             job.up.keep_BT = job.down.keep_BT = torch.ones_like(ids_1N, dtype=torch.bool)
-            job.model(input_ids=ids_1N, use_cache=False)
+            with torch.autocast(job.device.type, torch.bfloat16):
+                job.model(input_ids=ids_1N, use_cache=False)
             if sum(map(len, found)) >= self.rule.PROBE_TOKENS:
                 break
         hook.remove()
@@ -108,12 +110,12 @@ def main() -> None:
     rule = _load_rule()
     for seed in map(int, arguments.seeds.split(",")):
         for point in arguments.points.split(","):
-            job = Job(arguments, MODES[MODE], seed)
+            job = Job(arguments, MODE, seed)
             watched = Watched(job, point, rule)
             row: dict[str, Any] = {"point": point, "seed": seed, "lr": job.lr, **watched.run()}
             epochs = None if watched.frozen_at is None else watched.frozen_at / watched.per_epoch
             row["frozen_after_epochs"] = epochs
-            crossed = replace(MODES[MODE], freeze_after=epochs).bytes_per_token(
+            crossed = replace(MODE, freeze_after=epochs).bytes_per_token(
                 job.epochs, job.model.config.hidden_size
             )
             print(json.dumps(row | {"bytes_per_token": round(crossed, 1)}), flush=True)

@@ -23,9 +23,11 @@ from typing import Any
 
 from benchmarks.modes_job import Job, Mode, job_options
 
+SMALL: dict[str, Any] = {"batch": 4, "dropout": 0.2, "noise": 0.2}
 # "wide": eight or twelve blocks at rank 64 have about as many parameters as thirty at rank 16
 MODES = {
     "full": Mode(whole=True, lr=7e-4),
+    "full-dropout": Mode(whole=True, lr=1e-3, dropout=0.2),
     "ushape-2:2": Mode(bottom=2, top=2),
     "ushape-4:4": Mode(top=4),
     "ushape-4:4-wide": Mode(top=4, rank=64, lr=1e-3),
@@ -40,22 +42,19 @@ MODES = {
     "freeze-4:8-half-wide-int4-int8": Mode(
         top=8, activations="int4", gradients="int8", freeze_after=0.5, rank=64, lr=1e-3
     ),
-    "freeze-4:8-half-wide-quick": Mode(top=8, freeze_after=0.5, rank=64, lr=1e-3, bottom_lr=2.0, warmup=10),
-    "freeze-4:8-half-wide-quick-int4-int8": Mode(
-        top=8,
-        activations="int4",
-        gradients="int8",
-        freeze_after=0.5,
-        rank=64,
-        lr=1e-3,
-        bottom_lr=2.0,
-        warmup=10,
+    "freeze-4:8-half-small": Mode(top=8, freeze_after=0.5, rank=64, lr=5e-4, **SMALL),
+    "freeze-4:8-half-small-int4-int8": Mode(
+        top=8, activations="int4", gradients="int8", freeze_after=0.5, rank=64, lr=5e-4, **SMALL
     ),
     "freeze-4:8-one": Mode(top=8, freeze_after=1.0),
     "freeze-4:8-one-wide": Mode(top=8, freeze_after=1.0, rank=64, lr=1e-3),
     "top-8": Mode(top=8, freeze_after=0.0),
     "top-8-wide": Mode(top=8, freeze_after=0.0, rank=64, lr=1e-3),
     "top-8-wide-int4": Mode(top=8, activations="int4", freeze_after=0.0, rank=64, lr=1e-3),
+    "top-8-noisy": Mode(top=8, freeze_after=0.0, rank=64, lr=1e-3, dropout=0.2, noise=0.2),
+    "top-8-noisy-int4": Mode(
+        top=8, activations="int4", freeze_after=0.0, rank=64, lr=1e-3, dropout=0.2, noise=0.2
+    ),
     "top-12": Mode(top=12, freeze_after=0.0),
     "side-8": Mode(top=8, taps=8),
     "side-12": Mode(top=12, taps=8, lr=1e-3),

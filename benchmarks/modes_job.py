@@ -44,8 +44,9 @@ class Mode:
     from_backbone: bool = False  # the ladder starts from backbone weights
     rank: int = 16
     lr: float = 2e-3
-    bottom_lr: float = 1.0  # times lr
-    warmup: int = WARMUP
+    batch: int = BATCH
+    dropout: float = 0.0  # of LoRA
+    noise: float = 0.0  # on what a frozen trunk gave, as the edge's `train.noise`
 
     def bytes_per_token(self, epochs: int, width: int, tap_size: int = 0) -> float:
         """Bytes that cross over the whole run per token of the data set."""
@@ -177,6 +178,7 @@ class Job:
         config = LoraConfig(
             r=mode.rank,
             lora_alpha=2 * mode.rank,
+            lora_dropout=mode.dropout,
             target_modules=PROJECTIONS,
             layers_to_transform=list(adapted),
         )
@@ -193,8 +195,7 @@ class Job:
         """Train; give the losses."""
         before, began_s = self.evaluate(), time.perf_counter()
         trained = self.parameters()
-        optimizer = torch.optim.AdamW(self._groups(), weight_decay=0.0)
-        peaks = [group["lr"] for group in optimizer.param_groups]
+        optimizer = torch.optim.AdamW(trained, lr=self.lr, weight_decay=0.0)
         batches = list(self._batches())
         freeze_at = (
             None
@@ -204,11 +205,10 @@ class Job:
         for step, rows in enumerate(batches):
             if freeze_at and step == freeze_at:
                 self._freeze()
-            rate = min(1.0, (step + 1) / self.mode.warmup)
-            rate *= 0.5 * (1 + math.cos(math.pi * step / len(batches)))
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["lr"] = peak * rate
+            rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
+            optimizer.param_groups[0]["lr"] = self.lr * rate
             self.up.rows = self.down.rows = rows
+            self._to_training()
             total, learned = self._loss([self.train[row] for row in rows], rows)
             optimizer.zero_grad(set_to_none=True)
             (total / learned).backward()
@@ -220,6 +220,7 @@ class Job:
     def evaluate(self) -> float:
         """Mean loss over the learned tokens of the evaluation data."""
         self.up.rows = self.down.rows = None
+        self.model.eval()
         totals = [self._loss(self.eval[i : i + 32]) for i in range(0, len(self.eval), 32)]
         return sum(float(total) for total, _ in totals) / sum(learned for _, learned in totals)
 
@@ -240,27 +241,26 @@ class Job:
     ) -> Tensor:
         blocks = self.inner.layers
         if missing := [place for place, row in enumerate(rows) if row not in answers]:
-            self.inner.layers = self.below_top
+            self.inner.layers, self.up.keep_BT = self.below_top, keep_BT[missing]
             with torch.no_grad():
                 self.inner(input_ids=input_ids_BT[missing], use_cache=False)
             for place, last_TD in zip(missing, self.below, strict=True):
                 answers[rows[place]] = recode_rows(last_TD[keep_BT[place]], self.mode.activations)
         decoded_BTD = pad_sequence([answers[row] for row in rows], batch_first=True)
+        if self.mode.noise:
+            spread = decoded_BTD.float().std(dim=-1)[keep_BT].median()
+            decoded_BTD = decoded_BTD + self.mode.noise * spread * torch.randn_like(decoded_BTD)
         self.inner.layers, self.down.passes = self.top_blocks, True
         hidden_BTD: Tensor = self.inner(inputs_embeds=decoded_BTD, use_cache=False).last_hidden_state
         self.inner.layers, self.down.passes = blocks, False
         return hidden_BTD
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """Parameter groups, the bottom's first where it has its own learning rate."""
-        below = {id(p) for i in self.bottom for p in self.below_top[i].parameters()}
-        groups = []
-        for factor, own in (
-            (self.mode.bottom_lr, [p for p in self.parameters() if id(p) in below]),
-            (1.0, [p for p in self.parameters() if id(p) not in below]),
-        ):
-            groups += [{"params": own, "lr": self.lr * factor}] if own else []
-        return groups
+    def _to_training(self) -> None:
+        """Dropout where blocks are trained; frozen ones run as in evaluation."""
+        self.model.train()
+        if self.down.detach:
+            for index in self.bottom:
+                self.below_top[index].eval()
 
     def _cross(self, blocks: nn.ModuleList) -> None:
         blocks[self.bottom.stop].register_forward_pre_hook(lambda _, args: (self.up(args[0]), *args[1:]))
@@ -292,7 +292,8 @@ class Job:
         for epoch in range(self.epochs):
             order = list(range(len(self.train)))
             random.Random(1000 * self.seed + epoch).shuffle(order)
-            yield from (order[i : i + BATCH] for i in range(0, len(order) - BATCH + 1, BATCH))
+            size = self.mode.batch
+            yield from (order[i : i + size] for i in range(0, len(order) - size + 1, size))
 
     def _freeze(self) -> None:
         """The bottom's adapter stays in place and no gradient crosses any more."""

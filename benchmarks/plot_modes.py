@@ -24,12 +24,14 @@ _FAMILIES = {"ushape": "every step", "freeze": "freezes on the way", "top": "onc
 _SIDES = {  # pixels from a point to its label; right of it unless said otherwise
     "ushape-4:4-wide": (10, -4),
     "ushape-4:4": (10, 12),
-    "ushape-4:4-wide-int8": (-2, -9),
+    "ushape-4:4-wide-int8": (-2, -12),
     "ushape-4:4-wide-int4-int8": (-10, -2),
     "ushape-4:4-wide-delta-int4-int8": (-10, 9),
-    "freeze-4:8-one-wide": (-10, 12),
+    "freeze-4:8-one-wide": (-6, 20),
     "side-12-bypass": (-10, 5),
-    "top-8-wide": (-10, 0),
+    "top-8-wide": (-10, 4),
+    "top-8-noisy": (-10, 0),
+    "freeze-4:8-half-small": (4, -10),
     "side-8": (10, 10),
 }
 _STYLE = """
@@ -61,12 +63,12 @@ class Point:
 
 
 def read(path: Path) -> list[Point]:
-    """The modes of which something crosses, on the Jargon File."""
+    """The modes of which something crosses, on three epochs of the Jargon File."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [
         Point(row["mode"], row["bytes_per_token"], row["share_of_full_lora_gain"], row["spread"])
         for row in rows
-        if row["bytes_per_token"] and row["data"] == "jargon"
+        if row["bytes_per_token"] and row["data"] == "jargon" and row["epochs"] == 3
     ]
 
 

@@ -201,6 +201,13 @@ class TrainSection(Section):
         description="Most that the steps may move, 10^6 wire bytes; the run freezes or stops before it.",
     )
 
+    noise: float = Field(
+        default=0.0,
+        ge=0,
+        description="Gaussian noise on what a frozen trunk gave, in its own standard deviations; keeps a top "
+        "from learning few texts by heart.",
+    )
+
     @field_validator("freeze_bottom_after")
     @classmethod
     def _known_freeze(cls, value: float | str | None) -> float | str | None:
@@ -285,6 +292,8 @@ class Recipe(Section):
     def _freezable(self) -> Self:
         if self.mode != "ushape" and self.train.freeze_bottom_after is not None:
             raise ValueError(f"train.freeze_bottom_after is for mode ushape, not {self.mode}")
+        if self.train.noise and self.mode != "top" and self.train.freeze_bottom_after is None:
+            raise ValueError("train.noise is for mode top, and for ushape with train.freeze_bottom_after")
         return self
 
     @field_validator("codec", mode="before")

@@ -59,6 +59,8 @@ def recipe_of(recipe: Recipe, mode: str) -> Recipe:
     freeze = recipe.train.freeze_bottom_after or _FREEZE_AFTER
     plain["mode"] = mode if mode in ("top", "side") else "ushape"
     plain["train"]["freeze_bottom_after"] = freeze if mode == "freeze" else None
+    if mode not in ("freeze", "top"):
+        plain["train"]["noise"] = 0.0
     plain["cache"] |= {"dir": None, "enabled": True}
     plain["output"] |= {"dir": comparison_folder(recipe), "name": mode}
     if mode == "local":

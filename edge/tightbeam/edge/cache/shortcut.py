@@ -152,6 +152,7 @@ class TrunkShortcut:
         self, parts: FrozenParts, cache: ActivationCache | None, dtype: torch.dtype, width: int
     ) -> None:
         self.parts, self.cache = parts, cache
+        self.noise = 0.0  # see `_noisy`
         self._dtype, self._width = dtype, width
         self._lookup: Lookup | None = None
         self._bypass: Any = None
@@ -203,7 +204,17 @@ class TrunkShortcut:
     def answer(self, hidden_MD: Tensor, table: SegmentTable) -> Tensor:
         """Hidden states after the trunk, `[M, D]`."""
         rows_ND = self._answer(table.spread(hidden_MD), table.segments)
-        return table.pick(rows_ND.to(table.device))
+        return self._noisy(table.pick(rows_ND.to(table.device)))
+
+    def _noisy(self, rows_MD: Tensor) -> Tensor:
+        """Gaussian noise while training, as NEFTune (arXiv 2310.05914) adds it to embeddings.
+
+        `noise` times the rows' standard deviation, the median over rows: a few first tokens are enormous.
+        """
+        if not (self.noise and self.parts.owner.training):
+            return rows_MD
+        deviation = rows_MD.float().std(dim=1).median()
+        return rows_MD + (self.noise * deviation * torch.randn_like(rows_MD)).to(rows_MD.dtype)
 
     def _answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
         """Of every token, `[N, D]` on the CPU."""

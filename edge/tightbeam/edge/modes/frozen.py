@@ -53,6 +53,7 @@ class FrozenPhase:
                     )
                 )
             self.shortcut = stack.enter_context(self._shortcut(base.dtype, width))
+            self.shortcut.noise = job.recipe.train.noise
             stack.enter_context(packed_attention_in(base))
             if self.cache is not None:
                 self.filler = Filler(self.shortcut, self._batches())
