@@ -2,9 +2,9 @@
 
 The task, its settings and its one process are those of `modes.py` (SmolLM2-135M on the Jargon File), cut 4:8
 with nothing coded; the rule is the very file that the edge runs. The distance is the edge's: on the first 512
-tokens or so of the training data, here in bf16.
+tokens or so of the training data, here in bf16. Rank, rate and batches are those of `recipes/freeze.yaml`.
 
-    python -m benchmarks.freeze_rule --model FOLDER --data FOLDER --seeds 0,1,2 --lr 2e-3
+    python -m benchmarks.freeze_rule --model FOLDER --data FOLDER --seeds 0,1,2
 
 Prints a JSON line per look and one per run: after how many epochs the bottom was frozen, the loss in nats per
 learned token, and bytes per token of the data set. `never` trains the bottom to the end; the looks of its

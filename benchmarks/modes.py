@@ -1,11 +1,11 @@
 """Quality of the modes on a real task: how much of full LoRA's gain each keeps, and what it moves.
 
 SmolLM2-135M-Instruct on a dictionary (`jargon.py ... chat`): conversations in the tokenizer's own chat
-template cut to 128 tokens, three epochs, batches of 16, LoRA on all linears of the blocks that stay at the
-edge, AdamW, cosine schedule with 30 warm-up steps, loss on the answer only. Everything runs in one process:
-the whole model with the real codecs at both cuts, forward and backward, which is what the split model
-computes (tests/exactness). `side` takes the edge's own ladder and a projection that `tightbeam serve` fitted.
-bf16 autocast.
+template cut to 128 tokens, three epochs, batches of 16 or a mode's own, LoRA on all linears of the blocks
+that stay at the edge, AdamW, cosine schedule with 30 warm-up steps, loss on the answer only. Everything runs
+in one process: the whole model with the real codecs at both cuts, forward and backward, which is what the
+split model computes (tests/exactness). `side` takes the edge's own ladder and a projection that `tightbeam
+serve` fitted. bf16 autocast.
 
     PYTHONPATH=. python benchmarks/modes.py --model FOLDER --data FOLDER --modes full,ushape-4:4 --seeds 0,1,2
 
