@@ -1,6 +1,7 @@
 """A real cloud process for tests: started, watched, killed and restarted on the same port."""
 
 import contextlib
+import itertools
 import os
 import random
 import signal
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,17 +17,28 @@ from typing import Self
 __all__ = ["CloudProcess", "free_port"]
 
 
+def _own_ports() -> Iterator[int]:
+    """This test process's share of 20,000 to 29,999, shuffled by what no seed of a training repeats."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    share = range(20_000 + worker, 30_000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    return itertools.cycle(random.SystemRandom().sample(share, len(share)))
+
+
+_PORTS = _own_ports()
+
+
 def free_port() -> int:
     """A port that was free a moment ago, below those that outgoing connections take for themselves.
 
     A cloud that is killed must get its port back: an ephemeral one may meanwhile belong to a client, even to
-    one that is trying to reach it.
+    one that is trying to reach it. Nor may the tests that run beside this one be given it, before the cloud
+    listens or while it is dead.
     """
-    while True:
-        port = random.randrange(20_000, 30_000)
+    for port in _PORTS:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+    raise AssertionError("the ports go round")
 
 
 class CloudProcess:
@@ -65,7 +78,7 @@ class CloudProcess:
         line = self.process.stdout.readline()  # the address, printed when steps are accepted
         timer.cancel()
         if not line:
-            self.process.wait()
+            self._reap()
             raise RuntimeError(f"the cloud did not start:\n{self.log.read_text()[-3000:]}")
 
     def kill(self) -> None:

@@ -23,5 +23,6 @@ def federation(folder: Path, variables: Mapping[str, str]) -> Composition:
         (project / "federation" / "runs" / name).mkdir(parents=True)
     for name in EDGES:
         (project / "federation" / "data" / name).mkdir(parents=True)
+    network = random.SystemRandom().randrange(2, 255)  # no seed of a training repeats it
     services = read_services(ROOT / "docker-compose.federation.yml", variables)
-    return Composition(services, project, folder / "containers", network=random.randrange(2, 255))
+    return Composition(services, project, folder / "containers", network=network)
