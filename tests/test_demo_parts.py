@@ -24,9 +24,10 @@ DEAF = (
     "print('deaf', flush=True); time.sleep(60)"
 )
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from tightbeam.simulations.processes import Children, signals_as_exit
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background ignore it
 with signals_as_exit(), Children(Path(sys.argv[1])) as children:
     child = children.start("child", [sys.executable, "-c", "import time; time.sleep(60)"])
     print(child.process.pid, flush=True)
