@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from support.clouds import CloudProcess, free_port
+from support.clouds import free_port
+from support.commands import Cloud
 from support.tiny import tiny_model
 from tightbeam.common.authority import init_certificates
 from tightbeam.edge.doctor import Finding, examine
@@ -30,9 +31,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cloud(certs: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+def cloud(certs: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     folder = tmp_path_factory.mktemp("cloud")
-    with CloudProcess(model, folder, "--identity", str(certs / "ours" / "cloud")) as running:
+    with Cloud(model, folder, "--identity", str(certs / "ours" / "cloud")) as running:
         yield running
 
 
@@ -51,7 +52,7 @@ def last(findings: list[Finding]) -> Finding:
     return findings[-1]
 
 
-def test_all_is_well_with_a_cloud(cloud: CloudProcess, certs: Path) -> None:
+def test_all_is_well_with_a_cloud(cloud: Cloud, certs: Path) -> None:
     findings = examine(cloud.address, identity=certs / "ours" / "clinic")
     assert [finding for finding in findings if not finding.ok] == []
     names = ["python", "packages", "device", "identity", "dns", "tcp", "tls", "health", "protocol", "model"]
@@ -62,25 +63,25 @@ def test_all_is_well_with_a_cloud(cloud: CloudProcess, certs: Path) -> None:
     assert "clinic" in details["identity"]
 
 
-def test_the_cloud_can_examine_itself(cloud: CloudProcess, certs: Path) -> None:
+def test_the_cloud_can_examine_itself(cloud: Cloud, certs: Path) -> None:
     """The health check of docker-compose.yml does."""
     assert all(finding.ok for finding in examine(cloud.address, identity=certs / "ours" / "cloud"))
 
 
-def test_identity_of_another_authority(cloud: CloudProcess, certs: Path) -> None:
+def test_identity_of_another_authority(cloud: Cloud, certs: Path) -> None:
     finding = last(examine(cloud.address, identity=certs / "theirs" / "clinic"))
     assert (finding.name, finding.ok) == ("tls", False)
     assert "tightbeam certs init" in finding.cure
 
 
 def test_certificate_for_another_name(certs: Path, model: Path, tmp_path: Path) -> None:
-    with CloudProcess(model, tmp_path, "--identity", str(certs / "elsewhere" / "cloud")) as running:
+    with Cloud(model, tmp_path, "--identity", str(certs / "elsewhere" / "cloud")) as running:
         finding = last(examine(running.address, identity=certs / "elsewhere" / "clinic"))
     assert (finding.name, finding.ok) == ("tls", False)
     assert "--host 127.0.0.1" in finding.cure
 
 
-def test_tls_cloud_asked_without_tls(cloud: CloudProcess) -> None:
+def test_tls_cloud_asked_without_tls(cloud: Cloud) -> None:
     finding = last(examine(cloud.address, insecure=True, timeout_s=2.0))
     assert (finding.name, finding.ok) == ("health", False)
     assert "--identity" in finding.cure

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from support.clouds import CloudProcess
+from support.commands import Cloud
 from support.edge_runs import byte_tokenizer, quiet, tiny_llama, write_jsonl
 from tightbeam.common.config import Recipe, load_recipe
 from tightbeam.common.costs.meter import read_ledger
@@ -33,10 +33,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     folder = tmp_path_factory.mktemp("cloud")
     fit = ("--projection-text", str(model / "public.txt"), "--projection", str(folder / "p.safetensors"))
-    with CloudProcess(model, folder, *fit) as process:
+    with Cloud(model, folder, *fit) as process:
         yield process
 
 
@@ -45,7 +45,7 @@ def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TIGHTBEAM_CACHE", str(tmp_path / "cache"))
 
 
-def _small(path: Path, cloud: CloudProcess, folder: Path, *settings: str) -> Recipe:
+def _small(path: Path, cloud: Cloud, folder: Path, *settings: str) -> Recipe:
     rows = [{"prompt": f"{n} + 1 =", "completion": f"{n + 1}"} for n in range(12)]
     data = write_jsonl(folder / "data.jsonl", rows)
     recipe = load_recipe(path)
@@ -68,7 +68,7 @@ def _run(recipe: Recipe, *, resume: bool = False) -> TrainResult:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_trains_an_adapter_that_the_whole_model_opens(
-    path: Path, cloud: CloudProcess, model: Path, tmp_path: Path
+    path: Path, cloud: Cloud, model: Path, tmp_path: Path
 ) -> None:
     recipe = _small(path, cloud, tmp_path)
     result = _run(recipe)
@@ -88,7 +88,7 @@ def test_a_recipe_trains_an_adapter_that_the_whole_model_opens(
     assert adapted == {str(block) for block in (*range(bottom), *range(_NUM_BLOCKS - top, _NUM_BLOCKS))}
 
 
-def test_a_split_run_is_repeatable_and_resumes_bit_for_bit(cloud: CloudProcess, tmp_path: Path) -> None:
+def test_a_split_run_is_repeatable_and_resumes_bit_for_bit(cloud: Cloud, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("whole", "broken")]
     for folder in folders:
         folder.mkdir()

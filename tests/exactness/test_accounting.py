@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from peft import PeftModel, get_peft_model
 
-from support.clouds import CloudProcess
+from support import commands
 from support.comparing import lora
 from support.counting_proxy import CountingProxy
 from support.tiny import ragged_batch
@@ -25,17 +25,17 @@ def process(
     request: pytest.FixtureRequest,
     tiny_folder: Callable[[str], Path],
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[CloudProcess]:
+) -> Iterator[commands.Cloud]:
     folder = tmp_path_factory.mktemp(request.param)
     options = []
     if request.param == "tls":
         init_certificates(folder / "certs", clients=["clinic"])
         options = ["--identity", str(folder / "certs" / "cloud")]
-    with CloudProcess(tiny_folder("llama"), folder, *options) as process:
+    with commands.Cloud(tiny_folder("llama"), folder, *options) as process:
         yield process
 
 
-def _connect(process: CloudProcess, port: int, run: str, rows: list[StepRow]) -> Cloud:
+def _connect(process: commands.Cloud, port: int, run: str, rows: list[StepRow]) -> Cloud:
     def on_row(row: dict[str, Any]) -> None:
         if row["row"] == "step":
             rows.append(StepRow.from_json(row))
@@ -59,7 +59,7 @@ def _as_bytes(receipt: Receipt) -> StepBytes:
     return StepBytes(**{field.name: value for field, value in receipt.ListFields()})
 
 
-def test_edge_and_cloud_agree_to_the_byte(process: CloudProcess) -> None:
+def test_edge_and_cloud_agree_to_the_byte(process: commands.Cloud) -> None:
     rows: list[StepRow] = []
     with _connect(process, process.port, "agree", rows) as cloud:
         model = get_peft_model(cloud.load_model("1:2"), lora("llama"))
@@ -73,7 +73,7 @@ def test_edge_and_cloud_agree_to_the_byte(process: CloudProcess) -> None:
 
 
 def test_wire_bytes_are_those_of_the_proxy(
-    process: CloudProcess, record_property: Callable[[str, object], None]
+    process: commands.Cloud, record_property: Callable[[str, object], None]
 ) -> None:
     rows: list[StepRow] = []
     with CountingProxy(process.port) as proxy, _connect(process, proxy.port, "proxy", rows) as cloud:
@@ -93,7 +93,7 @@ def test_wire_bytes_are_those_of_the_proxy(
     assert counted.payload_up_bytes / len(rows) > 0.1 * up_bytes
 
 
-def test_a_training_step_is_four_transfers(process: CloudProcess) -> None:
+def test_a_training_step_is_four_transfers(process: commands.Cloud) -> None:
     rows: list[StepRow] = []
     with _connect(process, process.port, "four", rows) as cloud:
         _train(get_peft_model(cloud.load_model("1:2"), lora("llama")), 0)
@@ -103,7 +103,7 @@ def test_a_training_step_is_four_transfers(process: CloudProcess) -> None:
     assert moved.wire_total_bytes <= 1.01 * 4 * one_bytes
 
 
-def test_a_cloud_killed_after_the_forward_bills_once(process: CloudProcess) -> None:
+def test_a_cloud_killed_after_the_forward_bills_once(process: commands.Cloud) -> None:
     rows: list[StepRow] = []
     with _connect(process, process.port, "killed", rows) as cloud:
         model = get_peft_model(cloud.load_model("1:2"), lora("llama"))

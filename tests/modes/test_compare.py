@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from support.cached_runs import save_model
-from support.clouds import CloudProcess
+from support.commands import Cloud
 from support.edge_runs import quiet, tiny_llama, tiny_recipe
 from tightbeam.cli.compare import compare as command
 from tightbeam.common.config import Recipe
@@ -38,11 +38,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CloudProcess]:
+def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     folder = tmp_path_factory.mktemp("cloud")
     (folder / "public.txt").write_text("It was the best of times, it was the worst of times. " * 20)
     fit = ("--projection-text", str(folder / "public.txt"), "--projection", str(folder / "p.safetensors"))
-    with CloudProcess(model, folder, *fit) as process:
+    with Cloud(model, folder, *fit) as process:
         yield process
 
 
@@ -65,7 +65,7 @@ def _recipe(folder: Path, address: str = "127.0.0.1:1", local: Path | None = Non
 
 
 def test_modes_side_by_side(
-    cloud: CloudProcess, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    cloud: Cloud, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe = _recipe(tmp_path, cloud.address, model)
     (tmp_path / "recipe.yaml").write_text(recipe.resolved_yaml())
@@ -97,7 +97,7 @@ def test_modes_side_by_side(
         compare(recipe, ["top"])
 
 
-def test_another_backbone_here_is_named_with_its_mode(cloud: CloudProcess, tmp_path: Path) -> None:
+def test_another_backbone_here_is_named_with_its_mode(cloud: Cloud, tmp_path: Path) -> None:
     other = tmp_path / "other"
     tiny_llama(seed=1, num_hidden_layers=6).save_pretrained(other)
     with pytest.raises(FingerprintError, match=r"Mode local: .* is not the backbone"):

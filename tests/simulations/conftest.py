@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from support.clouds import CloudProcess
+from support.commands import Cloud
 from support.federations import Playground, Signed, save_backbone
 from support.in_process import InProcessCloud
 from tightbeam.cloud.projections import ProjectionOptions
@@ -37,16 +37,14 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tls_cloud(
-    backbone: Path, certs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[CloudProcess]:
+def tls_cloud(backbone: Path, certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
     folder = tmp_path_factory.mktemp("tls-cloud")
-    with CloudProcess(backbone, folder, "--identity", str(certs / "cloud")) as cloud:
+    with Cloud(backbone, folder, "--identity", str(certs / "cloud")) as cloud:
         yield cloud
 
 
 @pytest.fixture
-def signed(tls_cloud: CloudProcess, certs: Path, backbone: Path, tmp_path: Path) -> Signed:
+def signed(tls_cloud: Cloud, certs: Path, backbone: Path, tmp_path: Path) -> Signed:
     return Signed(Playground(tls_cloud.address, tmp_path, backbone), certs)
 
 

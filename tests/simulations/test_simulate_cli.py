@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from support.commands import run_command
 from support.federations import Playground
 
 TEXT = "clients: 2\nrounds: 1\ndata: {source: rows.jsonl}\ncloud: {address: 'localhost:9', insecure: true}\n"
 
 
-def _simulate(folder: Path, text: str, *words: str, startup: str = "") -> subprocess.CompletedProcess[str]:
+def _simulate_elsewhere(startup: str, folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Run the command; `startup` is code that its Python runs first, to stand for another installation."""
-    (folder / "s.yaml").write_text(text, encoding="utf-8")
+    (folder / "s.yaml").write_text(TEXT, encoding="utf-8")
     (folder / "startup").mkdir()
     (folder / "startup" / "sitecustomize.py").write_text(startup, encoding="utf-8")
     command = [sys.executable, "-m", "tightbeam.cli", "simulate", "s.yaml", *words]
@@ -50,18 +51,20 @@ def test_an_error_is_one_line_with_its_cure(
     tmp_path: Path, playground: Playground, text: str, words: tuple[str, ...], code: int, said: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(playground.data.read_bytes())
-    done = _simulate(tmp_path, text, *words)
-    assert (done.returncode, done.stdout) == (code, ""), done.stderr
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+    (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
+    done = run_command(tmp_path, "simulate", "s.yaml", *words)
+    assert (done.code, done.out) == (code, ""), done.err
+    assert said in done.err
+    assert "Traceback" not in done.err
 
 
 def test_an_unreachable_cloud_has_its_own_code(tmp_path: Path, playground: Playground) -> None:
     (tmp_path / "rows.jsonl").write_bytes(playground.data.read_bytes())
-    done = _simulate(tmp_path, TEXT)
-    assert done.returncode == 6
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "Check that `tightbeam serve` runs there" in done.stderr.splitlines()[-1]
+    (tmp_path / "s.yaml").write_text(TEXT, encoding="utf-8")
+    done = run_command(tmp_path, "simulate", "s.yaml")
+    assert done.code == 6
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert "Check that `tightbeam serve` runs there" in done.err.splitlines()[-1]
 
 
 _OTHER_FLOWER = """
@@ -94,6 +97,6 @@ def test_another_installation_is_told_with_the_command_to_type(
     tmp_path: Path, playground: Playground, startup: str, words: tuple[str, ...], said: str
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(playground.data.read_bytes())
-    done = _simulate(tmp_path, TEXT, *words, startup=startup)
+    done = _simulate_elsewhere(startup, tmp_path, *words)
     assert (done.returncode, done.stdout, done.stderr.splitlines()) == (2, "", [said])
     assert not (tmp_path / "runs").exists(), "nothing was begun"

@@ -123,7 +123,7 @@ class Cloud:
         max_file_bytes: int | None = None,
     ) -> None:
         self.port = free_port()
-        self._folder, self._before, self._max_file_bytes = folder, before, max_file_bytes
+        self.folder, self._before, self._max_file_bytes = folder, before, max_file_bytes
         self._arguments = ["serve", "--model", str(model), "--listen", self.address, *options]
         if "--identity" not in options:
             self._arguments.append("--insecure")
@@ -142,7 +142,7 @@ class Cloud:
     def start(self) -> None:
         """Start, and wait until it accepts steps."""
         self.command = Command(
-            self._folder, *self._arguments, before=self._before, max_file_bytes=self._max_file_bytes
+            self.folder, *self._arguments, before=self._before, max_file_bytes=self._max_file_bytes
         )
         self.command.wait_until(lambda: bool(self.command.out))
 

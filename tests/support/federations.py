@@ -2,11 +2,6 @@
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from support.commands import Command
 from support.edge_runs import byte_tokenizer, tiny_llama, write_jsonl
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.simulations.apps.client_app import app
@@ -92,18 +88,9 @@ class Playground:
         """Run it in a process of its own; SIGKILL as soon as it has written `after`."""
         path = scenario.folder.with_suffix(".yaml")
         path.write_text(yaml.safe_dump(scenario.model_dump(mode="json")), encoding="utf-8")
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tightbeam.cli", "simulate", str(path)],
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        deadline = time.monotonic() + 240
-        while not (scenario.folder / after).exists():
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        command = Command(path.parent, "simulate", str(path))
+        command.wait_until((scenario.folder / after).exists, 240.0)
+        command.kill()
 
     @staticmethod
     def rows(scenario: Scenario, kind: str) -> list[dict[str, Any]]:
