@@ -57,8 +57,8 @@ def test_during_a_step(cloud: Cloud, way: Way, number: int) -> None:
 
     def kill_once(seen: Way, at: int) -> None:
         if (seen, at) == (way, number) and not killed.is_set():
-            killed.set()
             cloud.kill()
+            killed.set()  # not before: the next one needs its port
 
     with Mitm(cloud.address) as mitm, split_run(mitm.address) as run:
         mitm.on_record = kill_once
