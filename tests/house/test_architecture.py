@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import os
 import re
 import sys
 import threading
@@ -82,7 +83,7 @@ def entered(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
 
     def note(frame: FrameType, event: str, argument: Any) -> None:
         path = frame.f_code.co_filename
-        if event == "call" and path.startswith(str(ROOT)):
+        if event == "call" and path.startswith(f"{ROOT}{os.sep}"):
             calls[Path(path).relative_to(ROOT).as_posix(), frame.f_code.co_qualname] = None
 
     folder = tmp_path_factory.mktemp("step")
