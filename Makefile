@@ -13,6 +13,8 @@ PROTO  := proto/tightbeam/proto/backbone.proto
 
 # Clouds and edges run side by side in the tests: one thread each is faster than all of them on every core.
 export OMP_NUM_THREADS ?= 1
+# Test processes side by side. What one of them has not begun, the other takes when it has nothing left.
+WORKERS ?= 2
 
 .PHONY: install demo test test-fast test-slow lint types imports format protos clean
 
@@ -41,7 +43,7 @@ demo: $(VENV)/.demo
 test: lint types imports test-fast
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
