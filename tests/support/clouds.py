@@ -14,17 +14,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["CloudProcess", "free_port"]
+__all__ = ["CloudProcess", "free_port", "own_share"]
 
 
-def _own_ports() -> Iterator[int]:
-    """This test process's share of 20,000 to 29,999, shuffled by what no seed of a training repeats."""
+def own_share(numbers: range) -> Iterator[int]:
+    """Those that no test process beside this one gets, shuffled by what no seed of a training repeats."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    share = range(20_000 + worker, 30_000, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+    share = numbers[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
     return itertools.cycle(random.SystemRandom().sample(share, len(share)))
 
 
-_PORTS = _own_ports()
+_PORTS = own_share(range(20_000, 30_000))
 
 
 def free_port() -> int:

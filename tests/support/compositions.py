@@ -1,10 +1,10 @@
 """docker-compose.federation.yml in a folder of its own, ready to be run as plain processes."""
 
-import random
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from support.clouds import own_share
 from tightbeam.simulations.compose import Composition, read_services
 
 __all__ = ["EDGES", "HAPROXY", "federation"]
@@ -12,6 +12,7 @@ __all__ = ["EDGES", "HAPROXY", "federation"]
 ROOT = Path(__file__).parents[2]
 EDGES = ("client-00", "client-01", "client-02")
 HAPROXY = shutil.which("haproxy")
+_NETWORKS = own_share(range(2, 255))
 
 
 def federation(folder: Path, variables: Mapping[str, str]) -> Composition:
@@ -23,6 +24,5 @@ def federation(folder: Path, variables: Mapping[str, str]) -> Composition:
         (project / "federation" / "runs" / name).mkdir(parents=True)
     for name in EDGES:
         (project / "federation" / "data" / name).mkdir(parents=True)
-    network = random.SystemRandom().randrange(2, 255)  # no seed of a training repeats it
     services = read_services(ROOT / "docker-compose.federation.yml", variables)
-    return Composition(services, project, folder / "containers", network=network)
+    return Composition(services, project, folder / "containers", network=next(_NETWORKS))
