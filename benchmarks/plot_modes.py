@@ -27,11 +27,12 @@ _SIDES = {  # pixels from a point to its label; right of it unless said otherwis
     "ushape-4:4-wide-int8": (-2, -12),
     "ushape-4:4-wide-int4-int8": (-10, -2),
     "ushape-4:4-wide-delta-int4-int8": (-10, 9),
-    "freeze-4:8-one-wide": (-6, 20),
+    "freeze-4:8-one-wide": (-1, 20),
     "side-12-bypass": (-10, 5),
     "top-8-wide": (-10, 4),
     "top-8-noisy": (-10, 0),
     "freeze-4:8-half-small": (4, -10),
+    "freeze-4:8-half-small-int4-int8": (10, 11),
     "side-8": (10, 10),
 }
 _STYLE = """
