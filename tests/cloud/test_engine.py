@@ -123,8 +123,10 @@ def test_a_device_without_memory_is_busy_and_frees_what_it_held(
     class Full(PackedTrunk):
         """Stands for a device whose memory is used up, which a CPU cannot be brought to safely."""
 
+        device = trunk.device
+
         def __init__(self) -> None:
-            self.device = trunk.device  # type: ignore[method-assign]  # the trunk behind stays as it is
+            pass
 
         def run(self, hidden_ND: Tensor, segments: Segments, span: range) -> Tensor:
             raise torch.OutOfMemoryError("CUDA out of memory")

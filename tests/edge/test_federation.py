@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,12 +60,12 @@ def examples(tmp_path_factory: pytest.TempPathFactory) -> list[Example]:
     return load_examples(path, byte_tokenizer())
 
 
-def _task(**changes: object) -> LocalTask:
-    base: dict[str, object] = {
+def _task(**changes: Any) -> LocalTask:
+    base: dict[str, Any] = {
         "steps": 3, "batch_size": 4, "lr": 1e-2, "optimizer": "adamw", "max_grad_norm": 1.0, "proximal": 0.0,
         "first_step": 0, "order_seed": 0, "dropout_seed": 0,
     }  # fmt: skip
-    return LocalTask(**(base | changes))  # type: ignore[arg-type]  # one value per field
+    return LocalTask(**(base | changes))
 
 
 def _work(cloud: Cloud, lender: Lender, shape: AdapterShape = SHAPE, **changes: object) -> Workplace:

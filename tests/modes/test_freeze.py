@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from support.cached_runs import CrashError, cached_recipe, losses, save_model, train_over
+from support.cached_runs import CrashError, cached_recipe, losses, train_over
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from support.local_runs import block_of, local_losses
@@ -30,19 +30,6 @@ from tightbeam.edge.modes.settling import LOOKS_PER_EPOCH, Settling
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 BLOCKS = (0, 1, 4, 5)  # of bottom and top at cut 2:2
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud")) as running:
-        yield running
 
 
 def freezing(folder: Path, after: float | str | None, **changes: Any) -> Recipe:

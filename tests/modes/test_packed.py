@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from support.cached_runs import save_model
 from support.comparing import gradients
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
@@ -82,14 +81,6 @@ class Edge:
     def close(self) -> None:
         self.shortcut.remove()
         self.cache.close()
-
-
-@pytest.fixture(scope="module")
-def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    folder = tmp_path_factory.mktemp("model")
-    save_model(folder)
-    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud")) as running:
-        yield running
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Mode `top`: each sample crosses once, only as a cut activation, and training is that of the whole model."""
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import peft
@@ -16,7 +15,6 @@ from support.cached_runs import (
     Crossing,
     cached_recipe,
     losses,
-    save_model,
     train_over,
 )
 from support.edge_runs import byte_tokenizer
@@ -33,19 +31,6 @@ from tightbeam.edge.training import INTERRUPTED
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 EVAL = {"eval_fraction": 0.2}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_model(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def cloud(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
-    with InProcessCloud(folder, tmp_path_factory.mktemp("cloud")) as running:
-        yield running
 
 
 def whole_model(folder: Path) -> PreTrainedModel:

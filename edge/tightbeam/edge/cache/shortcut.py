@@ -28,7 +28,7 @@ from tightbeam.edge.cache.store import ActivationCache
 from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
 from tightbeam.edge.stepper import Answer
 
-__all__ = ["FrozenParts", "Lookup", "TrunkShortcut", "bottom_output", "passed_through"]
+__all__ = ["FrozenParts", "Lookup", "TrunkShortcut", "add_noise", "bottom_output", "passed_through"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ class TrunkShortcut:
         self, parts: FrozenParts, cache: ActivationCache | None, dtype: torch.dtype, width: int
     ) -> None:
         self.parts, self.cache = parts, cache
-        self.noise = 0.0  # see `_noisy`
+        self.noise = 0.0  # of `add_noise`, in training
         self._dtype, self._width = dtype, width
         self._lookup: Lookup | None = None
         self._bypass: Any = None
@@ -204,17 +204,8 @@ class TrunkShortcut:
     def answer(self, hidden_MD: Tensor, table: SegmentTable) -> Tensor:
         """Hidden states after the trunk, `[M, D]`."""
         rows_ND = self._answer(table.spread(hidden_MD), table.segments)
-        return self._noisy(table.pick(rows_ND.to(table.device)))
-
-    def _noisy(self, rows_MD: Tensor) -> Tensor:
-        """Gaussian noise while training, as NEFTune (arXiv 2310.05914) adds it to embeddings.
-
-        `noise` times the rows' standard deviation, the median over rows: a few first tokens are enormous.
-        """
-        if not (self.noise and self.parts.owner.training):
-            return rows_MD
-        deviation = rows_MD.float().std(dim=1).median()
-        return rows_MD + (self.noise * deviation * torch.randn_like(rows_MD)).to(rows_MD.dtype)
+        rows_MD = table.pick(rows_ND.to(table.device))
+        return add_noise(rows_MD, self.noise) if self.noise and self.parts.owner.training else rows_MD
 
     def _answer(self, hidden_ND: Tensor, segments: Segments) -> Tensor:
         """Of every token, `[N, D]` on the CPU."""
@@ -289,6 +280,15 @@ class TrunkShortcut:
         if payload is None:
             return None
         return self.unpack(payload, num_tokens).to(self._dtype)
+
+
+def add_noise(rows_MD: Tensor, noise: float) -> Tensor:
+    """Add Gaussian noise, as NEFTune (arXiv 2310.05914) does to embeddings.
+
+    Its standard deviation is `noise` times that of the rows, their median: a few first tokens are enormous.
+    """
+    deviation = rows_MD.float().std(dim=1).median()
+    return rows_MD + (noise * deviation * torch.randn_like(rows_MD)).to(rows_MD.dtype)
 
 
 def _purpose() -> Purpose:
