@@ -1,7 +1,7 @@
 """One worker thread owns the device and runs steps of the trunk, one after the other.
 
-Forward and backward are pure functions of frozen weights and the request, so running one again after a loss
-gives the same bits on the same device. Adapters live at the edge: nothing here differs between tenants.
+Forward and backward are functions of frozen weights and the request, so one can run again after a loss: with
+the same bits on a CPU, within rounding on a GPU. Adapters live at the edge: all tenants share what is here.
 """
 
 import asyncio
