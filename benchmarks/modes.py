@@ -33,9 +33,6 @@ MODES = {
     "ushape-4:4-wide": Mode(top=4, rank=64, lr=1e-3),
     "ushape-4:4-wide-int8": Mode(top=4, activations="int8", gradients="int8", rank=64, lr=1e-3),
     "ushape-4:4-wide-int4-int8": Mode(top=4, activations="int4", gradients="int8", rank=64, lr=1e-3),
-    "ushape-4:4-wide-delta-int4-int8": Mode(
-        top=4, activations="delta-int4", gradients="int8", rank=64, lr=1e-3
-    ),
     "ushape-4:8": Mode(top=8),
     "freeze-4:8-half": Mode(top=8, freeze_after=0.5),
     "freeze-4:8-half-wide": Mode(top=8, freeze_after=0.5, rank=64, lr=1e-3),

@@ -24,7 +24,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from tightbeam.common.wire.codecs import codec
-from tightbeam.common.wire.delta import KEY_BYTES, BaseStore, Samples, encode_delta
 
 MAX_TOKENS, BATCH, EPOCHS, WARMUP, NUM_VALIDATION = 128, 16, 3, 30, 200
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -84,9 +83,7 @@ class Crossing(nn.Module):
         super().__init__()
         self.forward_codec, self.backward_codec = forward_codec, backward_codec
         self.keep_BT: Tensor | None = None
-        self.rows: list[int] | None = None  # which samples, for deltas; None: not to be remembered
         self.detach = self.passes = False
-        self.store = BaseStore()
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Return the hidden states as the other side gets them."""
@@ -96,21 +93,11 @@ class Crossing(nn.Module):
         if self.detach:
             hidden_BTD = hidden_BTD.detach()
         decoded_BTD = torch.zeros_like(hidden_BTD)
-        decoded_BTD[self.keep_BT] = self._recode(hidden_BTD.detach()[self.keep_BT]).to(decoded_BTD.dtype)
+        decoded_BTD[self.keep_BT] = recode_rows(hidden_BTD.detach()[self.keep_BT], self.forward_codec).to(
+            decoded_BTD.dtype
+        )
         out_BTD: Tensor = _Cross.apply(hidden_BTD, decoded_BTD, self.keep_BT, self.backward_codec)  # type: ignore[no-untyped-call]  # torch leaves `apply` bare
         return out_BTD
-
-    def _recode(self, rows_ND: Tensor) -> Tensor:
-        name, delta, inner = self.forward_codec.partition("delta-")
-        if not delta:
-            return recode_rows(rows_ND, name)
-        assert self.keep_BT is not None
-        lengths = self.keep_BT.sum(1).tolist()
-        keys = [b"" if self.rows is None else self.rows[i].to_bytes(KEY_BYTES) for i in range(len(lengths))]
-        samples = Samples.of(keys, lengths, rows_ND.shape[1])
-        _, decoded_ND = encode_delta(inner, rows_ND, self.store.latest(samples), samples.lengths)
-        self.store.remember(samples, decoded_ND)
-        return decoded_ND.to(rows_ND.device)
 
 
 class _Cross(torch.autograd.Function):
@@ -142,7 +129,7 @@ def recode_rows(rows_ND: Tensor, name: str) -> Tensor:
 
 
 def _row_bytes(name: str, width: int) -> float:
-    return codec(name.removeprefix("delta-")).num_bytes((1024, width)) / 1024
+    return codec(name).num_bytes((1024, width)) / 1024
 
 
 class Job:
@@ -207,7 +194,6 @@ class Job:
                 self._freeze()
             rate = min(1.0, (step + 1) / WARMUP) * 0.5 * (1 + math.cos(math.pi * step / len(batches)))
             optimizer.param_groups[0]["lr"] = self.lr * rate
-            self.up.rows = self.down.rows = rows
             self._to_training()
             total, learned = self._loss([self.train[row] for row in rows], rows)
             optimizer.zero_grad(set_to_none=True)
@@ -219,7 +205,6 @@ class Job:
     @torch.no_grad()
     def evaluate(self) -> float:
         """Mean loss over the learned tokens of the evaluation data."""
-        self.up.rows = self.down.rows = None
         self.model.eval()
         totals = [self._loss(self.eval[i : i + 32]) for i in range(0, len(self.eval), 32)]
         return sum(float(total) for total, _ in totals) / sum(learned for _, learned in totals)
@@ -298,8 +283,7 @@ class Job:
     def _freeze(self) -> None:
         """The bottom's adapter stays in place and no gradient crosses any more."""
         self.down.detach = True
-        if not self.mode.activations.startswith("delta-"):  # which would change from epoch to epoch
-            self.answers = {}
+        self.answers = {}
         for index in self.bottom:
             for parameter in self.model.base_model.model.model.layers[index].parameters():
                 parameter.requires_grad_(False)

@@ -26,7 +26,6 @@ _SIDES = {  # pixels from a point to its label; right of it unless said otherwis
     "ushape-4:4": (10, 12),
     "ushape-4:4-wide-int8": (-2, -12),
     "ushape-4:4-wide-int4-int8": (-10, -2),
-    "ushape-4:4-wide-delta-int4-int8": (-10, 9),
     "freeze-4:8-one-wide": (-1, 20),
     "side-12-bypass": (-10, 5),
     "top-8-wide": (-10, 4),

@@ -80,8 +80,6 @@ def test_overrides_win_and_follow_the_same_rules(file: Path) -> None:
         ({"activations": "int8", "activations_down": "bf16"}, ("int8", "bf16", None, None)),
         ({"gradients_up": "bf16"}, (None, None, "bf16", None)),
         ("int4/int8s", ("int4", "int4", "int8s", "int8s")),
-        ("delta-int4/int8s", ("delta-int4", "delta-int4", "int8s", "int8s")),
-        ({"activations_up": "delta-int8"}, ("delta-int8", None, None, None)),
     ],
 )
 def test_codecs_are_named_for_all_for_kinds_or_one_by_one(
@@ -91,11 +89,6 @@ def test_codecs_are_named_for_all_for_kinds_or_one_by_one(
     default = Codecs().activations_up
     found = (read.activations_up, read.activations_down, read.gradients_up, read.gradients_down)
     assert found == tuple(name or default for name in expected)
-
-
-def test_what_codes_a_tensor_alone() -> None:
-    codecs = Codecs.model_validate("delta-int4/int8s")
-    assert codecs.alone == Codecs.model_validate("int4/int8s") == codecs.alone.alone
 
 
 @pytest.mark.parametrize(
@@ -123,12 +116,8 @@ def test_what_codes_a_tensor_alone() -> None:
         ("train.freeze_bottom_after=0", "should be more than 0 epochs"),
         ("train.max_mb=0", "train.max_mb should be greater than 0, not 0."),
         ("codec=3", "codec is refused: should be one codec name"),
-        ("codec=delta-int4", "codec is refused: delta-codecs are for activations: write delta-int4/int8s"),
-        ("codec=int8/delta-int4", "codec.gradients_up should be a codec name"),
-        ("codec=delta-int7/int8", "codec.activations_up should be a codec name"),
-        ("codec=delta-bf16/bf16", "codec.activations_up should be a codec name"),
+        ("codec=delta-int4", "codec.activations_up should be a codec name"),
         ("codec=int8/int4/int8", "codec.gradients_up should be a codec name"),
-        ("cache.delta_gb=0", "cache.delta_gb should be greater than 0"),
         ("codec=INT8", "codec.activations_up should be a codec name, for example int8, not 'INT8'"),
         ("adapter.target_modules=all", "adapter.target_modules should be 'all-linear' or a list, not 'all'"),
         ("adapter.extra=3", "adapter.extra should be keys and values, not 3"),

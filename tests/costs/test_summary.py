@@ -111,19 +111,6 @@ def test_taps_are_rows_of_their_own() -> None:
     assert TokenBytes.of(100, dict.fromkeys(names, "int8"), tap_size=7) == plain
 
 
-def test_a_delta_codec_adds_key_and_digests_to_every_training_sequence() -> None:
-    names = ("activations_up", "activations_down", "gradients_up", "gradients_down")
-    alone = TokenBytes.of(100, dict.fromkeys(names, "int8"))
-    one = TokenBytes.of(100, dict(zip(names, ("delta-int8", "int8", "int8", "int8"), strict=True)))
-    both = TokenBytes.of(100, dict(zip(names, ("delta-int8", "delta-int8", "int8", "int8"), strict=True)))
-    assert [row.per_sequence for row in (alone, one, both)] == [0, 16 + 8, 16 + 8 + 8]
-    assert both.training == alone.training
-    predicted = predict(
-        both, training_tokens=10, evaluation_tokens=5, measured_payload_bytes=0, training_sequences=3
-    )
-    assert predicted.predicted_payload_bytes == 10 * 4 * 104 + 5 * 2 * 104 + 3 * 32
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_auto_is_the_codec_that_changes_nothing(tmp_path: Path, dtype: str) -> None:
     edge = summarise([fake_run(tmp_path / "a", steps=1, codec="auto", dtype=dtype)]).edges[0]

@@ -26,7 +26,6 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.edge import Cloud, connect
-from tightbeam.proto import backbone_pb2 as pb
 
 Clouds = Callable[[str], InProcessCloud]
 
@@ -96,27 +95,9 @@ def test_auto_changes_no_bit(edge: Cloud) -> None:
     assert set(mixed.values()) == {"fp32"}
 
 
-def test_deltas_keep_to_what_the_card_grants(edge: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The cloud keeps two versions of what the edge keeps one of."""
-    codecs = edge._codecs("delta-int4/int8s", torch.float32)
-    assert codecs == Codecs.model_validate("delta-int4/int8s")
-    card = pb.Card()
-    card.CopyFrom(edge.card)
-    card.limits.delta_bytes = 3000
-    monkeypatch.setattr(edge, "card", card)
-    for own_bytes, room_bytes in ((1e9, 1500), (1000, 1000)):
-        deltas = edge._deltas(codecs, own_bytes)
-        assert deltas is not None
-        assert deltas.max_bytes == room_bytes
-    assert edge._deltas(codecs.alone, 1e9) is None
-    card.limits.delta_bytes = 0
-    with pytest.raises(UsageError, match=r"no memory for delta codecs\. Use int4"):
-        edge.load_model("1:2", codec="delta-int4/int8s")
-
-
 def test_a_codec_that_cannot_be_read(edge: Cloud) -> None:
-    with pytest.raises(UsageError, match="'delta-int4' names no codecs"):
-        edge.load_model("1:2", codec="delta-int4")
+    with pytest.raises(UsageError, match="'INT4' names no codecs"):
+        edge.load_model("1:2", codec="INT4")
 
 
 def test_only_the_blobs_of_the_cut_are_fetched(

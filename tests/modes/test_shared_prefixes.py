@@ -95,7 +95,7 @@ def test_a_cloud_that_does_not_say_so_gets_every_row(cloud: InProcessCloud, offe
 def test_a_forward_for_a_backward_shares_nothing(cloud: InProcessCloud) -> None:
     rows: list[StepRow] = []
     stepper = cloud.stepper("gradients", "2:2", on_row=rows.append)
-    _, inputs = stepper.forward(hidden(), SEGMENTS, keep=True, input_ids_N=IDS_N)
+    _, inputs = stepper.forward(hidden(), SEGMENTS, keep=True)
     stepper.backward(inputs, torch.ones(12, 16))
     assert [row.shared_tokens for row in rows] == [0, 0]
     assert SharedPrefixes.find(IDS_N, SEGMENTS) is not None

@@ -17,7 +17,6 @@ from tightbeam.common.config import Codecs, Recipe
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.runs import RunFolder
 from tightbeam.edge.channel import Channel, Exchange
-from tightbeam.edge.deltas import EdgeDeltas
 from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
@@ -127,7 +126,6 @@ def train_over(
             run,
             lambda: _Recorder(cloud.open_channel(run, recipe.cut), crossing),
             codecs,
-            deltas=None if codecs == codecs.alone else EdgeDeltas(codecs, 1e9),
             max_tokens_per_step=max_tokens_per_step,
             share_prefixes=share_prefixes,
             on_row=on_row,

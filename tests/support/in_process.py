@@ -21,7 +21,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tightbeam.cloud.backbone import load_backbone
-from tightbeam.cloud.deltas import CloudDeltas
 from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger
 from tightbeam.cloud.projections import ProjectionOptions
@@ -41,14 +40,12 @@ from tightbeam.common.errors import (
     TightbeamError,
 )
 from tightbeam.common.identity import Role, ephemeral_identity
-from tightbeam.common.wire.delta_header import key_bytes
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
 from tightbeam.common.wire.stepping import SESSION_KEY
 from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel, Exchange
-from tightbeam.edge.deltas import EdgeDeltas
 from tightbeam.edge.split_model import build_split_model
 from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.weights import BlobStore
@@ -72,7 +69,6 @@ class InProcessCloud:
         max_tokens_per_step: int = 4096,
         cut_policy: str = "",
         projection: ProjectionOptions | None = None,
-        delta_bytes: int = 1 << 28,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -97,7 +93,6 @@ class InProcessCloud:
             tls=False,
             max_tokens_per_step=max_tokens_per_step,
             prices=Prices(),
-            delta_bytes=delta_bytes,
         )
         self.address = ""  # of `listen`
         self._server: grpc.aio.Server | None = None
@@ -136,11 +131,6 @@ class InProcessCloud:
         """Lose what is held between forward and backward, as a restart does."""
         self.engine._worker.submit(self.retention.clear).result(timeout=60)
 
-    @property
-    def deltas(self) -> CloudDeltas:
-        """What is remembered of samples."""
-        return self.service._runner._deltas
-
     def listen(self) -> str:
         """Serve gRPC on a free port of loopback, without TLS; gives "host:port"."""
 
@@ -174,7 +164,6 @@ class InProcessCloud:
         cut: str = "1:2",
         *,
         codec: str | Codecs = "fp32",
-        delta_bytes: float = float("inf"),
         faults: "deque[Fault] | None" = None,
         on_row: Callable[[StepRow], None] = lambda row: None,
         policy: RetryPolicy = _NO_WAIT,
@@ -189,12 +178,10 @@ class InProcessCloud:
             return channel if faults is None else FaultyChannel(channel, faults, self.forget_steps)
 
         codecs = Codecs.model_validate(codec)
-        delta = codecs != codecs.alone
         stepper = Stepper(
             run,
             open_channel,
             codecs,
-            deltas=EdgeDeltas(codecs, delta_bytes) if delta else None,
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             share_prefixes=share_prefixes,
             on_row=on_row,
@@ -272,7 +259,7 @@ class InProcessChannel:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            asked = _Asked(header, sum(p.numel() for p in payloads) + key_bytes(header), future)
+            asked = _Asked(header, sum(p.numel() for p in payloads), future)
             self._asked[header.step, header.kind] = asked
             for record in seal_message(header.SerializeToString(), payloads, self._session.sealer):
                 asked.sealed_sizes.append(len(record))

@@ -32,12 +32,6 @@ def serve(
         int | None,
         typer.Option(help="Steps on their way, bytes; above it edges wait. A quarter of free memory."),
     ] = None,
-    delta_bytes: Annotated[
-        int | None,
-        typer.Option(
-            min=0, help="Last values of samples, bytes; 0 refuses delta codecs. A quarter of free memory."
-        ),
-    ] = None,
     projection: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Fitted projection of the taps, for mode side."),
@@ -84,7 +78,6 @@ def serve(
         ledger=ledger,
         max_tokens_per_step=max_tokens_per_step,
         in_flight_bytes=in_flight_bytes,
-        delta_bytes=delta_bytes,
         prices=Prices.load(prices) if prices else Prices(),
         projection=None
         if projection is None

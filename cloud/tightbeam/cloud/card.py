@@ -11,9 +11,7 @@ from tightbeam.proto import backbone_pb2 as pb
 __all__ = ["make_card"]
 
 
-def make_card(
-    backbone: Backbone, max_tokens_per_step: int, prices: Prices, *, delta_bytes: int = 0
-) -> pb.Card:
+def make_card(backbone: Backbone, max_tokens_per_step: int, prices: Prices) -> pb.Card:
     """Everything but the key bundle, which changes with time."""
     trunk, policy = backbone.trunk, backbone.policy
     return pb.Card(
@@ -35,7 +33,6 @@ def make_card(
         limits=pb.Limits(
             max_tokens_per_step=max_tokens_per_step,
             max_positions=trunk.config.max_position_embeddings,
-            delta_bytes=delta_bytes,
         ),
         prices=pb.Prices(
             currency=prices.currency, per_gigabyte=prices.per_gigabyte, per_petaflop=prices.per_petaflop

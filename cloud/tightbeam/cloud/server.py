@@ -62,7 +62,6 @@ class ServeOptions:
     ledger: Path = Path("ledger.db")
     max_tokens_per_step: int = 65536
     in_flight_bytes: int | None = None  # of steps on their way; None: a quarter of free host memory
-    delta_bytes: int | None = None  # last values of samples, for delta codecs; None: a quarter of free memory
     prices: Prices = field(default_factory=Prices)
     projection: ProjectionOptions | None = None  # taps are offered through it; None: raw only
     max_taps: int = MAX_TAPS  # in one step; 0 hands out none
@@ -102,7 +101,6 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
             tls=not options.insecure,
             max_tokens_per_step=options.max_tokens_per_step,
             in_flight_bytes=in_flight,
-            delta_bytes=quarter if options.delta_bytes is None else options.delta_bytes,
             prices=options.prices,
         )
         server = grpc.aio.server(options=_OPTIONS)

@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from tightbeam.cloud.admission import Opening, Quota, WaitingRoom
 from tightbeam.cloud.backbone import Backbone
 from tightbeam.cloud.card import make_card
-from tightbeam.cloud.deltas import CloudDeltas
 from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger, RunUsage
 from tightbeam.cloud.rpc import Context, abort, caller, require_same_tenant
@@ -44,17 +43,15 @@ class BackboneService:
         max_tokens_per_step: int,
         prices: Prices,
         in_flight_bytes: int = 1 << 30,
-        delta_bytes: int = 1 << 28,
     ) -> None:
         self._backbone, self._ledger, self._tls = backbone, ledger, tls
         self._keys, self._trust = keys, trust
-        deltas = CloudDeltas(delta_bytes, backbone.trunk.hidden_size)
-        self._card = make_card(backbone, max_tokens_per_step, prices, delta_bytes=deltas.tenant_bytes)
+        self._card = make_card(backbone, max_tokens_per_step, prices)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
         self._runner = StepRunner(
             engine, ledger, self._pool,
             hidden_size=backbone.trunk.hidden_size, limits=self._card.limits,
-            tap_rules=TapRules(self._card.tap_offer, backbone.trunk.hidden_size), deltas=deltas, tls=tls,
+            tap_rules=TapRules(self._card.tap_offer, backbone.trunk.hidden_size), tls=tls,
         )  # fmt: skip
         self._waiting = WaitingRoom(Quota("sessions without a stream", 512, 16))
         self._open_streams = Quota("open streams", 512, 32)

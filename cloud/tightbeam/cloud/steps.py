@@ -12,7 +12,6 @@ from typing import ParamSpec, TypeVar
 
 from torch import Tensor
 
-from tightbeam.cloud.deltas import CloudDeltas, DeltaForward
 from tightbeam.cloud.engine import Done, Engine
 from tightbeam.cloud.ledger import Ledger, LedgerEntry
 from tightbeam.cloud.tapping import TapRules
@@ -21,7 +20,6 @@ from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, ProtocolError, StepTooLargeError
 from tightbeam.common.wire.codecs import codec
-from tightbeam.common.wire.delta_header import BASE, key_bytes
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.messages import Message, encode_tensor, sealed_sizes
 from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
@@ -40,8 +38,8 @@ __all__ = ["StepRunner", "receipt"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# what a request may carry; a backward brings its inputs along when the cloud lost them, a forward its bases
-_TENSORS = {pb.FORWARD: [[HIDDEN], [HIDDEN, BASE]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
+# what a request may carry; a backward brings its inputs along when the cloud lost them
+_TENSORS = {pb.FORWARD: [[HIDDEN]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
 _DECODED_ITEM_BYTES = 4  # codecs compute in float32
 
 
@@ -57,10 +55,9 @@ class StepRunner:
         hidden_size: int,
         limits: pb.Limits,
         tap_rules: TapRules,
-        deltas: CloudDeltas,
         tls: bool,
     ) -> None:
-        self._engine, self._ledger, self._pool, self._deltas = engine, ledger, pool, deltas
+        self._engine, self._ledger, self._pool = engine, ledger, pool
         self._hidden_size, self._limits, self._tls = hidden_size, limits, tls
         self._tap_rules = tap_rules
         self._draining = False
@@ -73,8 +70,6 @@ class StepRunner:
         """Free what the steps of a session that ended have left."""
         if not self._draining:
             self._engine.forget_session(session.session_id.hex())
-        # its run may go on in another session; if it does not, what is kept of its samples goes too
-        asyncio.get_running_loop().call_later(self._deltas.idle_s + 1.0, self._deltas.expire)
 
     def require_open(self) -> None:
         """Refuse new work while the cloud shuts down."""
@@ -105,7 +100,6 @@ class StepRunner:
             raise ProtocolError(f"The tensors of a step of {num_tokens} tokens must have the shape {shape}.")
         shape[0] = num_tokens  # what is computed on, whatever crossed
         self._admit_positions(header)
-        self._deltas.admit(header)
         taps = self._tap_rules.check(header, span)
         names = [spec.codec for spec in header.tensors] + [header.reply_codec]
         whole = sum(_footprint(name, shape) for name in names)
@@ -137,11 +131,9 @@ class StepRunner:
         segments, prefixes = header_segments(header), SharedPrefixes.read(header)
         rows = None if prefixes is None else await self._in_pool(prefixes.row_map, segments.positions_N)
         key = (session.session_id.hex(), session.run, header.step)
-        delta = await self._in_pool(self._deltas.receive, (session.peer, session.run), message)
-        content = message.payloads[0] if delta is None else delta.content
-        sha256 = await self._in_pool(content_sha256, header, session.cut, content)
+        sha256 = await self._in_pool(content_sha256, header, session.cut, message.payloads[0])
         if header.kind == pb.FORWARD:
-            hidden_ND = await self._in_pool(message.tensor, HIDDEN) if delta is None else delta.hidden_ND
+            hidden_ND = await self._in_pool(message.tensor, HIDDEN)
             if rows is not None:
                 hidden_ND = await self._in_pool(rows.spread, hidden_ND)
             taps = self._tap_rules.check(header, span)
@@ -154,7 +146,7 @@ class StepRunner:
             grad_ND = await self._in_pool(message.tensor, GRADIENT)
             inputs_ND = await self._in_pool(message.tensor, HIDDEN) if message.has(HIDDEN) else None
             done = await self._engine.backward(key, grad_ND, inputs_ND, segments, span)
-        coded = await self._encode(header, session, done, delta, rows)
+        coded = await self._encode(header, session, done, rows)
         payloads = [payload for _, payload in coded]
         reply = pb.StepReply(
             step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
@@ -171,13 +163,9 @@ class StepRunner:
         header: pb.StepRequest,
         session: Session,
         done: Done,
-        delta: DeltaForward | None,
         rows: RowMap | None,
     ) -> list[tuple[pb.TensorSpec, Tensor]]:
         """What goes back: the result, and taps that were asked for; of shared rows those of the first."""
-        if delta is not None and delta.down is not None:
-            run = session.peer, session.run
-            return [await self._in_pool(self._deltas.answer, run, delta, done.tensor_ND, header.reply_codec)]
         name = HIDDEN if header.kind == pb.FORWARD else GRADIENT
         seed = rounding_seed(session.run, header.step)
         results = {name: done.tensor_ND} | {tap_name(block): t for block, t in done.taps.items()}
@@ -194,7 +182,7 @@ class StepRunner:
         sizes = [payload.numel() for payload in payloads]
         down = sealed_sizes(reply.SerializeToString(), sizes)
         return StepBytes(
-            payload_up_bytes=message.payload_bytes + key_bytes(message.header),
+            payload_up_bytes=message.payload_bytes,
             payload_down_bytes=sum(sizes),
             sealed_up_bytes=sum(message.sealed_sizes),
             sealed_down_bytes=sum(down),

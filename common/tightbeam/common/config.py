@@ -21,7 +21,6 @@ from tightbeam.common.config_yaml import parse_value, read_mapping
 from tightbeam.common.errors import RecipeError
 
 __all__ = [
-    "DELTA",
     "AdapterSection",
     "CacheSection",
     "Codecs",
@@ -38,8 +37,6 @@ __all__ = [
 ]
 
 CODEC_NAME = r"^[a-z][a-z0-9_]*$"
-DELTA = "delta-"  # before a codec's name: what crosses is the difference to the sample's last value
-_ACTIVATIONS = rf"^({DELTA}int[458]|[a-z][a-z0-9_]*)$"
 
 
 class Section(BaseModel):
@@ -77,8 +74,8 @@ class ModelSection(Section):
 class Codecs(Section):
     """Which codec carries each of the four tensors of a step; `auto` changes no bit (see docs/recipes.md)."""
 
-    activations_up: str = Field(default="auto", pattern=_ACTIVATIONS, description="Bottom to trunk, forward.")
-    activations_down: str = Field(default="auto", pattern=_ACTIVATIONS, description="Trunk to top, forward.")
+    activations_up: str = Field(default="auto", pattern=CODEC_NAME, description="Bottom to trunk, forward.")
+    activations_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to top, forward.")
     gradients_up: str = Field(default="auto", pattern=CODEC_NAME, description="Top to trunk, backward.")
     gradients_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to bottom, backward.")
 
@@ -90,8 +87,6 @@ class Codecs(Section):
             activations, _, gradients = value.partition("/")
             value = {"activations": activations, "gradients": gradients}
         if isinstance(value, str):
-            if value.startswith(DELTA):
-                raise ValueError(f"{DELTA}codecs are for activations: write {value}/int8s, for example")
             return dict.fromkeys(cls.model_fields, value)
         if not isinstance(value, Mapping):
             return value
@@ -101,11 +96,6 @@ class Codecs(Section):
                 both = full.pop(kind)
                 full = {f"{kind}_up": both, f"{kind}_down": both} | full
         return full
-
-    @property
-    def alone(self) -> "Codecs":
-        """What codes a tensor alone, and what a delta is coded with."""
-        return Codecs(**{tensor: name.removeprefix(DELTA) for tensor, name in self.model_dump().items()})
 
 
 class AdapterSection(Section):
@@ -237,11 +227,6 @@ class CacheSection(Section):
         default=20.0,
         gt=0,
         description="Most disk space, 10^9 bytes; what does not fit crosses in every epoch.",
-    )
-    delta_gb: float = Field(
-        default=2.0,
-        gt=0,
-        description="Most memory for the last values of samples that delta codecs need, 10^9 bytes.",
     )
 
 

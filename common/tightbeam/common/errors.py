@@ -22,7 +22,6 @@
     |   `-- CohortError            fewer clients than the round needs
     |-- BudgetError                the recipe's limit of traffic would be exceeded
     |-- UnknownStepError           the cloud no longer holds this step: send the inputs again
-    |-- UnknownBaseError           the cloud does not hold what a delta is against: send whole values
     |-- CloudBusyError             over a limit now, not for ever: transient
     `-- CloudUnavailableError      no answer: transient
 
@@ -52,7 +51,6 @@ __all__ = [
     "StepRefusedError",
     "StepTooLargeError",
     "TightbeamError",
-    "UnknownBaseError",
     "UnknownStepError",
     "UnsupportedModelError",
     "UpdateRefusedError",
@@ -204,12 +202,6 @@ class UnknownStepError(TightbeamError):
     """The cloud does not hold this step (restart, eviction); the edge sends the inputs again."""
 
     code, status, exit_code = "unknown_step", "NOT_FOUND", 6
-
-
-class UnknownBaseError(TightbeamError):
-    """The cloud does not hold the values that a delta is against; the edge sends whole values."""
-
-    code, status, exit_code = "unknown_base", "NOT_FOUND", 6
 
 
 class CloudBusyError(TightbeamError):

@@ -26,7 +26,6 @@ from tightbeam.common.errors import (
     ProtocolError,
     TightbeamError,
 )
-from tightbeam.common.wire.delta_header import key_bytes
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
@@ -105,7 +104,7 @@ class GrpcChannel:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            payload_bytes = sum(p.numel() for p in payloads) + key_bytes(header)
+            payload_bytes = sum(p.numel() for p in payloads)
             pending = _Pending(header, future, started_s, [], payload_bytes, 0.0)
             self._last_record_s = time.monotonic()
             self._pending[header.step, header.kind] = pending

@@ -5,7 +5,6 @@
         side.safetensors                                  the ladder of mode side
         optimizer.safetensors                             AdamW's tensors, as <parameter number>/<name>
         rng.safetensors                                   random states of torch, per device
-        deltas-NNN.safetensors                            what delta codecs remember, sealed (delta_files.py)
         state.json                                        position, schedule, other random states
         manifest.json                                     SHA-256 of every file above
 
@@ -110,9 +109,8 @@ def save_checkpoint(
     random_state: RandomState,
     numbers_sha256: str,
     keep: int,
-    also: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write `step-N`, with what `also` puts into its folder, and drop all but the newest `keep`.
+    """Write `step-N`, and drop all but the newest `keep`.
 
     Raises:
         TightbeamError: it could not be written, a full disk for example; older checkpoints are intact.
@@ -125,8 +123,6 @@ def save_checkpoint(
     try:
         _remove_leftovers(folder)
         temporary.mkdir(parents=True)
-        if also is not None:
-            also(temporary)
         _write_files(temporary, model, optimizer, scheduler, position, random_state, numbers_sha256)
         if final.exists():
             shutil.rmtree(final)  # verify() found it broken

@@ -36,7 +36,6 @@ from tightbeam.common.wire.stepping import TENANT_KEY
 from tightbeam.edge.cache.keys import identity_secret
 from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
-from tightbeam.edge.deltas import EdgeDeltas
 from tightbeam.edge.side import add_side, load_side
 from tightbeam.edge.split_model import build_split_model
 from tightbeam.edge.stepper import Stepper
@@ -178,7 +177,6 @@ class Cloud:
         dtype: str = "auto",
         device: str = "auto",
         local_path: str | Path | None = None,
-        delta_bytes: float = 2e9,
     ) -> PreTrainedModel:
         """A transformers model whose trunk runs in this cloud.
 
@@ -188,7 +186,6 @@ class Cloud:
             dtype: Of the weights here; "auto" takes the cloud's.
             device: auto, cpu, cuda or mps.
             local_path: A whole checkpoint of the same fingerprint, to slice instead of downloading.
-            delta_bytes: Most memory here for what delta codecs remember of samples.
 
         Raises:
             CutError: This cloud does not allow the cut.
@@ -200,7 +197,7 @@ class Cloud:
             parsed, card.num_blocks
         )
         as_dtype = choose_dtype(card.dtype if dtype == "auto" else dtype, torch.float32)
-        stepper = self.open_steps(cut, codec=codec, dtype=as_dtype, delta_bytes=delta_bytes)
+        stepper = self.open_steps(cut, codec=codec, dtype=as_dtype)
         return build_split_model(
             card,
             parsed,
@@ -239,7 +236,6 @@ class Cloud:
         *,
         codec: str | Codecs = "auto",
         dtype: torch.dtype = torch.float32,
-        delta_bytes: float = 2e9,
     ) -> Stepper:
         """The steps of one more model of this cut, for a trunk that is built already; ends with the cloud.
 
@@ -251,7 +247,6 @@ class Cloud:
             self.run,
             lambda: self._open_stream(cut),
             codecs,
-            deltas=self._deltas(codecs, delta_bytes),
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             share_prefixes=self.card.shared_prefixes,
             on_row=self._step_row,
@@ -358,24 +353,12 @@ class Cloud:
         names = _parsed(codec).model_dump()
         names = {tensor: lossless(dtype) if name == "auto" else name for tensor, name in names.items()}
         codecs = Codecs(**names)
-        if missing := set(codecs.alone.model_dump().values()) - set(self.card.codecs):
+        if missing := set(codecs.model_dump().values()) - set(self.card.codecs):
             raise UsageError(
                 f"This cloud does not know the codec {missing.pop()!r}.",
                 cure=f"It knows {', '.join(self.card.codecs)}.",
             )
-        if codecs != codecs.alone and not self.card.limits.delta_bytes:
-            raise UsageError(
-                "This cloud has no memory for delta codecs.",
-                cure=f"Use {codecs.alone.activations_up}, or have it served with --delta-bytes.",
-            )
         return codecs
-
-    def _deltas(self, codecs: Codecs, max_bytes: float) -> EdgeDeltas | None:
-        if codecs == codecs.alone:
-            return None
-        # The cloud keeps two versions of each sample. What does not fit there must not be relied on here.
-        room = min(max_bytes, self.card.limits.delta_bytes / 2)
-        return EdgeDeltas(codecs, room)
 
     def _metadata(self) -> tuple[tuple[str, str], ...]:
         return () if self._tls else ((TENANT_KEY, self._identity.name),)
@@ -398,6 +381,4 @@ def _parsed(codec: str | Codecs) -> Codecs:
     try:
         return Codecs.model_validate(codec)
     except ValidationError as error:
-        raise UsageError(
-            f"{codec!r} names no codecs.", cure="Examples: int8, int4/int8s, delta-int4/int8s."
-        ) from error
+        raise UsageError(f"{codec!r} names no codecs.", cure="Examples: int8, int4/int8s.") from error

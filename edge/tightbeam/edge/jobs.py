@@ -13,7 +13,7 @@ from tightbeam.common.wire.messages import encode_tensor
 from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
 from tightbeam.common.wire.stepping import KINDS
 from tightbeam.edge.channel import Exchange
-from tightbeam.proto.backbone_pb2 import StepKind, StepReply, StepRequest, TensorSpec
+from tightbeam.proto.backbone_pb2 import StepKind, StepReply, StepRequest
 
 __all__ = ["Job", "finite"]
 
@@ -61,17 +61,9 @@ class Job:
         with self.coding():
             if self.row_map is not None:
                 tensor_ND = self.row_map.pick(tensor_ND)
-            self.put(*encode_tensor(name, tensor_ND, codec, self.seed))
-
-    def put(self, spec: TensorSpec, payload: Tensor) -> None:
-        """Put a coded tensor into the request."""
+            spec, payload = encode_tensor(name, tensor_ND, codec, self.seed)
         self.header.tensors.append(spec)
         self.payloads.append(payload)
-
-    def clear(self) -> None:
-        """Take the tensors out again."""
-        del self.header.tensors[:]
-        self.payloads.clear()
 
     @contextmanager
     def coding(self) -> Iterator[None]:

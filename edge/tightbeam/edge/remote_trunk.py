@@ -41,13 +41,9 @@ class RemoteTrunk(nn.Module):
         self.shortcut: Shortcut | None = None
         self.ladder: nn.Module | None = None  # of mode side: here, the model's parameters include it
         self._mask_BT: Tensor | None = None
-        self._input_ids_BT: Tensor | None = None
 
     def watch(self, anatomy: Anatomy) -> None:
-        """Note the 2-D attention mask and the tokens of every forward.
-
-        Packing needs the mask, of which blocks only get a dense one; a sample is known again by its tokens.
-        """
+        """Note the 2-D attention mask of every forward: blocks only get a dense one, and packing needs it."""
         self._signature = inspect.signature(anatomy.trunk_owner.forward)
         config: Any = anatomy.trunk_owner.config
         self._windowed = bool(getattr(config, "sliding_window", None))
@@ -59,8 +55,7 @@ class RemoteTrunk(nn.Module):
         packer = Packer((batch, length), self._mask_BT, kwargs["position_ids"])
         hidden_ND = packer.pack(hidden_BTD)
         if self.shortcut is None:
-            ids_N = self._packed_ids(packer)
-            return packer.unpack(through_cloud(hidden_ND, self.stepper, packer.segments, ids_N))
+            return packer.unpack(through_cloud(hidden_ND, self.stepper, packer.segments))
         if torch.is_grad_enabled() and hidden_ND.requires_grad and not self.shortcut.trains_below:
             raise UsageError(
                 "Something below the cut is trained, so the trunk cannot answer from a cache.",
@@ -71,12 +66,6 @@ class RemoteTrunk(nn.Module):
             table = SegmentTable(packer.segments, hidden_ND.device)
         out_ND = self.shortcut.answer(hidden_ND, table)
         return packer.unpack(out_ND.to(hidden_ND.device, hidden_ND.dtype))
-
-    def _packed_ids(self, packer: Packer) -> Tensor | None:
-        ids_BT = self._input_ids_BT
-        if self.stepper.deltas is None or ids_BT is None or ids_BT.shape != packer.shape_BT:
-            return None
-        return packer.pack(ids_BT[..., None])[:, 0]
 
     def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
@@ -100,8 +89,6 @@ class RemoteTrunk(nn.Module):
                 cure="Mask only padding at either end of a sequence.",
             )
         self._mask_BT = mask
-        ids = given.get("input_ids")
-        self._input_ids_BT = ids if isinstance(ids, Tensor) else None
 
 
 class PassThrough(nn.Module):
@@ -121,17 +108,12 @@ def _has_holes(mask_BT: Tensor) -> bool:
     return bool((edges_BT.sum(1) > 2).any())
 
 
-def through_cloud(
-    hidden_ND: Tensor, stepper: Stepper, segments: Segments, input_ids_N: Tensor | None = None
-) -> Tensor:
-    """Hidden states after the trunk, `[N, D]`; differentiable in `hidden_ND`: a `Trunk` over the wire.
-
-    Delta codecs need the tokens, which are not sent; without them rows are coded alone.
-    """
+def through_cloud(hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
+    """Hidden states after the trunk, `[N, D]`; differentiable in `hidden_ND`: a `Trunk` over the wire."""
     # Asked here, because autograd turns gradients off inside its functions.
     purpose: Purpose = "train" if torch.is_grad_enabled() else "evaluate"
     out_ND: Tensor = _CloudSpan.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` bare
-        hidden_ND, stepper, segments, purpose, input_ids_N
+        hidden_ND, stepper, segments, purpose
     )
     return out_ND
 
@@ -146,17 +128,14 @@ class _CloudSpan(torch.autograd.Function):
         stepper: Stepper,
         segments: Segments,
         purpose: Purpose,
-        input_ids_N: Tensor | None,
     ) -> Tensor:
         keep = bool(ctx.needs_input_grad[0])
-        out_ND, ctx.inputs = stepper.forward(
-            hidden_ND, segments, keep=keep, purpose=purpose, input_ids_N=input_ids_N
-        )
+        out_ND, ctx.inputs = stepper.forward(hidden_ND, segments, keep=keep, purpose=purpose)
         ctx.stepper = stepper
         return out_ND.to(hidden_ND.device, hidden_ND.dtype)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None, None, None]:
         grad_input_ND = ctx.stepper.backward(ctx.inputs, grad_ND)
-        return grad_input_ND.to(grad_ND.device, grad_ND.dtype), None, None, None, None
+        return grad_input_ND.to(grad_ND.device, grad_ND.dtype), None, None, None

@@ -78,7 +78,6 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
                 dtype=section.dtype,
                 device=section.device,
                 local_path=section.local_path,
-                delta_bytes=recipe.cache.delta_gb * 1e9,
             )
             tokenizer = cloud.load_tokenizer()
         except BaseException:

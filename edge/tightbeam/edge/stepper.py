@@ -1,7 +1,7 @@
 """What a run's steps are: their numbers, codecs and taps, and what becomes of the answers.
 
 `Carrier` (carrier.py) takes them to the cloud and back. A cloud that lost a step between forward and backward
-gets the inputs again; one that lost what a delta is against gets whole values.
+gets the inputs again.
 """
 
 import itertools
@@ -14,13 +14,11 @@ from torch import Tensor
 from tightbeam.common.backbone import Segments, Taps, tap_name
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.rows import Purpose, StepRow
-from tightbeam.common.errors import ProtocolError, StepTooLargeError, UnknownBaseError, UnknownStepError
-from tightbeam.common.wire.delta import WHOLE
+from tightbeam.common.errors import ProtocolError, StepTooLargeError, UnknownStepError
 from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
 from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, rounding_seed
 from tightbeam.edge.carrier import Carrier, Flight, RetryPolicy
 from tightbeam.edge.channel import Channel, Exchange
-from tightbeam.edge.deltas import EdgeDeltas
 from tightbeam.edge.jobs import Job, finite
 from tightbeam.proto.backbone_pb2 import BACKWARD, FORWARD, StepKind
 
@@ -38,14 +36,12 @@ class Stepper:
         *,
         max_tokens_per_step: int,
         share_prefixes: bool = False,
-        deltas: EdgeDeltas | None = None,
         on_row: Callable[[StepRow], None] = lambda row: None,
         on_retry: Callable[[str], None] = print,
         policy: RetryPolicy | None = None,
         numbers: Iterator[int] | None = None,
     ) -> None:
-        self.run, self.codecs = run, codecs.alone
-        self.deltas = deltas  # of activations in training; everything else is coded alone
+        self.run, self.codecs = run, codecs
         self.taps: Taps | None = None  # asked for with every forward that no backward follows
         self._carrier = Carrier(open_channel, policy or RetryPolicy(), on_retry)
         self.max_tokens_per_step = max_tokens_per_step
@@ -61,40 +57,17 @@ class Stepper:
         *,
         keep: bool,
         purpose: Purpose = "",
-        input_ids_N: Tensor | None = None,
     ) -> tuple[Tensor, "Inputs"]:
         """Hidden states after the trunk, `[N, D]` on the CPU, and what `backward` needs.
 
-        `purpose` is for the account; if left out, a forward whose backward follows is for training. Delta
-        codecs know a sample by its `input_ids_N`; they are not sent.
+        `purpose` is for the account; if left out, a forward whose backward follows is for training.
 
         Raises `StepTooLargeError`, `NonFiniteError`, and `CloudUnavailableError` after the retry limit.
         """
         job = self._forward_job(segments, keep, purpose or ("train" if keep else "evaluate"))
         finite(hidden_ND, "activations")
-        if self.deltas is not None and keep and input_ids_N is not None:
-            return self._forward_delta(self.deltas, job, hidden_ND, input_ids_N)
-        codec = self.codecs.activations_up
-        job.add(HIDDEN, hidden_ND, codec)
-        return self._finish(job, HIDDEN), Inputs(job.step, hidden_ND, segments, codec)
-
-    def _forward_delta(
-        self, deltas: EdgeDeltas, job: Job, hidden_ND: Tensor, input_ids_N: Tensor
-    ) -> tuple[Tensor, "Inputs"]:
-        delta = deltas.begin(job, hidden_ND, input_ids_N)
-        try:
-            exchange = self._carrier.exchange(job)
-        except UnknownBaseError:
-            deltas.lost(delta.samples, self._carrier.num_sessions)
-            delta.send_whole(job)
-            exchange = self._carrier.exchange(job)
-        with job.coding():
-            out_ND = delta.result(exchange)
-        deltas.crossed(delta.samples, self._carrier.num_sessions)
-        self._on_row(job.row(self.run, exchange))
-        if delta.decoded_ND is None:
-            return out_ND, Inputs(job.step, hidden_ND, job.segments, self.codecs.activations_up)
-        return out_ND, Inputs(job.step, delta.decoded_ND, job.segments, WHOLE)
+        job.add(HIDDEN, hidden_ND, self.codecs.activations_up)
+        return self._finish(job, HIDDEN), Inputs(job.step, hidden_ND, segments)
 
     def backward(self, inputs: "Inputs", grad_ND: Tensor) -> Tensor:
         """The gradient of the trunk's input, `[N, D]` on the CPU; `inputs` came from the forward."""
@@ -103,7 +76,7 @@ class Stepper:
         try:
             return self._finish(job, GRADIENT)
         except UnknownStepError:
-            job.add(HIDDEN, inputs.hidden_ND, inputs.codec)
+            job.add(HIDDEN, inputs.hidden_ND, self.codecs.activations_up)
             return self._finish(job, GRADIENT)
 
     def submit(
@@ -197,7 +170,6 @@ class Inputs:
     step: int
     hidden_ND: Tensor
     segments: Segments
-    codec: str  # in which they cross to the same values
 
 
 @dataclass(frozen=True, slots=True)

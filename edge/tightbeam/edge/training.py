@@ -29,7 +29,6 @@ from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
 from tightbeam.edge.data import IGNORED, Example, collate, load_dataset, split_examples
-from tightbeam.edge.delta_files import DeltaFiles
 from tightbeam.edge.export import save_adapter
 from tightbeam.edge.interrupts import StopRequest
 from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
@@ -136,14 +135,6 @@ class _Training:
         )
         if self.recipe.mode == "side":
             self._add_side()
-        self.deltas = DeltaFiles.of(
-            self.loaded.model,
-            self.loaded.fingerprint,
-            self.recipe.cut,
-            self.folder.path / "deltas",
-            secret=self.loaded.cache_secret,
-            say=self._warn,
-        )
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         section = self.recipe.train
         # One pass over the numbers instead of a dozen; on a CPU they are most of what a step of AdamW takes.
@@ -330,8 +321,6 @@ class _Training:
             )
             return Position()
         self.console.print(f"Going on from {path}.", markup=False, highlight=False)
-        if self.deltas is not None:
-            self.deltas.load(path)
         return load_checkpoint(
             path,
             model=self.model,
@@ -373,7 +362,6 @@ class _Training:
             random_state=RandomState.capture(),
             numbers_sha256=self.recipe.numbers_sha256(),
             keep=self.recipe.train.keep_checkpoints,
-            also=None if self.deltas is None else self.deltas.save,
         )
 
     def _describe(self) -> None:

@@ -240,22 +240,18 @@ class Limits(_message.Message):
 
     MAX_TOKENS_PER_STEP_FIELD_NUMBER: _builtins.int
     MAX_POSITIONS_FIELD_NUMBER: _builtins.int
-    DELTA_BYTES_FIELD_NUMBER: _builtins.int
     max_tokens_per_step: _builtins.int
     max_positions: _builtins.int
     """longest position index + 1 that the model was built for"""
-    delta_bytes: _builtins.int
-    """kept of one tenant's samples for delta codecs; 0: none are served"""
     def __init__(
         self,
         *,
         max_tokens_per_step: _builtins.int = ...,
         max_positions: _builtins.int = ...,
-        delta_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta_bytes", b"delta_bytes", "max_positions", b"max_positions", "max_tokens_per_step", b"max_tokens_per_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["max_positions", b"max_positions", "max_tokens_per_step", b"max_tokens_per_step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -480,7 +476,7 @@ class TensorSpec(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"hidden", "grad_hidden", "tap.7", "base" """
+    """"hidden", "grad_hidden", "tap.7" """
     codec: _builtins.str
     dtype: _builtins.str
     """of the tensor before coding"""
@@ -518,9 +514,6 @@ class StepRequest(_message.Message):
     TENSORS_FIELD_NUMBER: _builtins.int
     TAPS_FIELD_NUMBER: _builtins.int
     PROJECTION_FIELD_NUMBER: _builtins.int
-    SAMPLE_KEYS_FIELD_NUMBER: _builtins.int
-    BASES_UP_FIELD_NUMBER: _builtins.int
-    BASES_DOWN_FIELD_NUMBER: _builtins.int
     PREFIX_OF_FIELD_NUMBER: _builtins.int
     PREFIX_ROWS_FIELD_NUMBER: _builtins.int
     step: _builtins.int
@@ -530,12 +523,6 @@ class StepRequest(_message.Message):
     reply_codec: _builtins.str
     projection: _builtins.str
     """SHA-256 of the one to pass them through; empty: raw"""
-    sample_keys: _builtins.bytes
-    """FORWARD with keep: 16 bytes per segment, as only the edge understands"""
-    bases_up: _builtins.bytes
-    """8 per segment: digest of what `hidden` is a delta to; zeros: to zeros"""
-    bases_down: _builtins.bytes
-    """the same for the reply's `hidden`; empty: coded alone, as bases_up"""
     @_builtins.property
     def lengths(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """tokens of each segment"""
@@ -575,15 +562,12 @@ class StepRequest(_message.Message):
         tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
         taps: _abc.Iterable[_builtins.int] | None = ...,
         projection: _builtins.str = ...,
-        sample_keys: _builtins.bytes = ...,
-        bases_up: _builtins.bytes = ...,
-        bases_down: _builtins.bytes = ...,
         prefix_of: _abc.Iterable[_builtins.int] | None = ...,
         prefix_rows: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bases_down", b"bases_down", "bases_up", b"bases_up", "keep", b"keep", "kind", b"kind", "lengths", b"lengths", "prefix_of", b"prefix_of", "prefix_rows", b"prefix_rows", "projection", b"projection", "reply_codec", b"reply_codec", "run_lengths", b"run_lengths", "run_starts", b"run_starts", "sample_keys", b"sample_keys", "step", b"step", "taps", b"taps", "tensors", b"tensors"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "kind", b"kind", "lengths", b"lengths", "prefix_of", b"prefix_of", "prefix_rows", b"prefix_rows", "projection", b"projection", "reply_codec", b"reply_codec", "run_lengths", b"run_lengths", "run_starts", b"run_starts", "step", b"step", "taps", b"taps", "tensors", b"tensors"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -9,7 +9,6 @@ steps and evaluations say how many tokens `ushape` would have moved.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from tightbeam.common.config import DELTA
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.costs.schema import Edge, ModeCost, Prediction
 
@@ -38,8 +37,6 @@ class TokenBytes:
     activations_down: float
     gradients_up: float
     gradients_down: float
-    per_sequence: float = 0.0
-    """Sample key and digests of a sequence in a training forward, with a delta codec."""
     taps_down: float = 0.0
 
     @classmethod
@@ -48,16 +45,11 @@ class TokenBytes:
     ) -> "TokenBytes":
         """Ask each codec how long rows and taps of these sizes get; `CodecError` for an unknown one."""
         from tightbeam.common.wire.codecs import codec  # needs torch, which a price table does not
-        from tightbeam.common.wire.delta import CHECK_BYTES, KEY_BYTES
 
-        rows = {
-            name: codec(codecs[name].removeprefix(DELTA)).num_bytes((1, hidden_size)) for name in _TENSORS
-        }
-        deltas = sum(codecs[name].startswith(DELTA) for name in _TENSORS)
-        down = codec(codecs["activations_down"].removeprefix(DELTA))
+        rows = {name: codec(codecs[name]).num_bytes((1, hidden_size)) for name in _TENSORS}
+        down = codec(codecs["activations_down"])
         return cls(
             **rows,
-            per_sequence=KEY_BYTES + deltas * CHECK_BYTES if deltas else 0,
             taps_down=num_taps * down.num_bytes((1, tap_size)) if num_taps else 0,
         )
 
@@ -80,7 +72,6 @@ def predict(
     measured_payload_bytes: int,
     fill_tokens: int = 0,
     shared_tokens: int = 0,
-    training_sequences: int = 0,
 ) -> Prediction:
     """Say what so many tokens move, beside what was measured; a cache's cross as an evaluation's do.
 
@@ -88,7 +79,6 @@ def predict(
     """
     crossing_once = evaluation_tokens + fill_tokens - shared_tokens
     predicted = row.training * training_tokens + row.forward * crossing_once
-    predicted += row.per_sequence * training_sequences
     return Prediction(
         bytes_per_training_token=row.training,
         bytes_per_evaluation_token=row.forward,

@@ -200,7 +200,6 @@ def _prediction(record: RunRecords, by_kind: dict[str, list[StepRow]]) -> Predic
         evaluation_tokens=tokens["evaluation"] + tokens["forward"] - tokens["backward"],
         fill_tokens=tokens.get("fill", 0),
         shared_tokens=sum(row.shared_tokens for rows in by_kind.values() for row in rows),
-        training_sequences=sum(row.segments for row in by_kind["backward"]),
         measured_payload_bytes=sum(part.payload_up_bytes + part.payload_down_bytes for part in moved),
     )
 

@@ -33,8 +33,6 @@ class FrozenPhase:
         self.job, self.start_step = job, start_step
         self.parts = FrozenParts.of(base)
         self.bottom_sha256 = self._freeze()
-        if self.parts.trunk.stepper.deltas is not None:
-            self.parts.trunk.stepper.deltas.clear()  # what crosses from now on is coded alone
         self._stack = ExitStack()
         self.cache: ActivationCache | None = None
         self.filler: Filler | None = None

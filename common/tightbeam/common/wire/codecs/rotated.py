@@ -4,8 +4,7 @@ A few channels hold most of a token's energy (at SmolLM2's cut 2:2 four of 576 h
 scale that reaches them leaves four bits nothing for the others. So the largest of each token travel by
 themselves, and an orthonormal Hadamard rotation within blocks of 64 channels (QuaRot, arXiv 2404.00456)
 spreads what is left evenly over the codes. Every machine encodes to the same bytes, for the rotation is made
-of additions in one order, and decodes to the same bits, for its sums are exact: the two ends of delta coding
-must not drift apart.
+of additions in one order, and decodes to the same bits, for its sums are exact.
 
 N = tokens, D = hidden size, M = blocks, B = block width, G = scales of a token, K = outliers of a token.
 """
