@@ -30,9 +30,10 @@ from rich.console import Console
 from support.counting_proxy import CountingProxy
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.meter import read_ledger
+from tightbeam.common.files import cache_folder
 from tightbeam.edge.run import run_recipe
 from tightbeam.edge.stepper import Stepper
-from tightbeam.simulations.demo_inputs import cache_folder, prepare_model
+from tightbeam.simulations.demo_inputs import prepare_model
 
 BASELINE = "ushape-bf16"
 CODED = ("top-int8", "top-int5", "top-int4", "side-int8", "side-int4")

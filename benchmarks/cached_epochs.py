@@ -29,10 +29,11 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from tightbeam.common.costs.meter import read_ledger
+from tightbeam.common.files import cache_folder
 from tightbeam.edge.data import Example, load_examples
 from tightbeam.edge.packed_rows import PackedRows
 from tightbeam.edge.run import run_recipe
-from tightbeam.simulations.demo_inputs import cache_folder, prepare_model
+from tightbeam.simulations.demo_inputs import prepare_model
 
 BATCH = 8
 MODES: dict[str, dict[str, Any]] = {

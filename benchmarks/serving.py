@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from tightbeam.common.config import Recipe, recipe_from_mapping
-from tightbeam.simulations.demo_inputs import cache_folder, prepare_texts
+from tightbeam.common.files import cache_folder
+from tightbeam.simulations.demo_inputs import prepare_texts
 
 __all__ = ["PROJECTION_TEXT", "chats", "cloud_process", "fitting", "insecure_recipe"]
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tightbeam.simulations.demo_inputs import cache_folder
+from tightbeam.common.files import cache_folder
 
 if TYPE_CHECKING:
     from support.in_process import InProcessCloud

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tightbeam.common.errors import TightbeamError
+from tightbeam.common.files import cache_folder
 from tightbeam.edge.records import read_records
 from tightbeam.simulations import demo_inputs
 from tightbeam.simulations.demo_inputs import (
@@ -19,7 +20,6 @@ from tightbeam.simulations.demo_inputs import (
     TOPICS,
     Chat,
     Wheel,
-    cache_folder,
     chats_from_corpus,
     fetch,
     prepare_model,
@@ -147,14 +147,6 @@ def test_a_line_is_a_chat() -> None:
 def test_the_edges_have_different_topics() -> None:
     quiz, companion = TOPICS.values()
     assert not set(quiz) & set(companion)
-
-
-def test_the_cache_is_where_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TIGHTBEAM_CACHE", str(tmp_path / "here"))
-    assert cache_folder() == tmp_path / "here"
-    monkeypatch.delenv("TIGHTBEAM_CACHE")
-    monkeypatch.chdir(tmp_path)
-    assert cache_folder() == tmp_path / ".cache" / "tightbeam"
 
 
 def test_a_converted_model_is_not_converted_again(tmp_path: Path) -> None:

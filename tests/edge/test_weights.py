@@ -15,7 +15,8 @@ from support.in_process import InProcessCloud
 from support.tiny import tiny_model
 from tightbeam.common.backbone import build_skeleton, config_from_dict, dissect
 from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
-from tightbeam.edge.weights import BlobStore, cache_folder, check_card, local_source
+from tightbeam.common.files import cache_folder
+from tightbeam.edge.weights import BlobStore, check_card, local_source
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
 _DATA = bytes(range(256)) * 40

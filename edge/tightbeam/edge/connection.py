@@ -28,6 +28,7 @@ from tightbeam.common.errors import (
     ProtocolError,
     UsageError,
 )
+from tightbeam.common.files import cache_folder
 from tightbeam.common.identity import Identity, ephemeral_identity, load_identity
 from tightbeam.common.wire.codecs import lossless
 from tightbeam.common.wire.handshake import ClientHandshake, verify_bundle
@@ -39,7 +40,7 @@ from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
 from tightbeam.edge.side import add_side, load_side
 from tightbeam.edge.split_model import build_split_model
 from tightbeam.edge.stepper import Stepper
-from tightbeam.edge.weights import BlobStore, Progress, cache_folder, check_card
+from tightbeam.edge.weights import BlobStore, Progress, check_card
 from tightbeam.proto import backbone_pb2 as pb
 from tightbeam.proto.backbone_pb2_grpc import BackboneStub
 

@@ -23,18 +23,13 @@ from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolEr
 from tightbeam.common.runs import atomic_write
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
-__all__ = ["BlobStore", "WeightSource", "cache_folder", "check_card", "local_source"]
+__all__ = ["BlobStore", "WeightSource", "check_card", "local_source"]
 
 _NO_WEIGHTS = ("file/", PROJECTION_BLOB)  # blobs that the fingerprint does not cover
 _ONE_DOWNLOAD = threading.Lock()  # within a process; between processes, partial files have their own names
 Fetch = Callable[[str, int], Iterator[bytes]]  # sha256, offset -> pieces
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 WeightSource = Callable[[str], Tensor | None]  # parameter name -> tensor
-
-
-def cache_folder() -> Path:
-    """`$TIGHTBEAM_CACHE`, else `~/.cache/tightbeam`."""
-    return Path(os.environ.get("TIGHTBEAM_CACHE") or Path.home() / ".cache" / "tightbeam")
 
 
 def check_card(card: Card) -> None:

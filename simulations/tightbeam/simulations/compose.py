@@ -182,7 +182,7 @@ class Composition:
                 place.mkdir(parents=True, exist_ok=True)
                 continue
             volume = self.root / "volumes" / source
-            real = self.project / source if source[0] in "./" else volume
+            real = self.project / Path(source).expanduser() if source[0] in "./~" else volume
             if real is volume:
                 volume.mkdir(parents=True, exist_ok=True)
             if not real.exists():

@@ -21,9 +21,10 @@ import yaml
 from tightbeam.common.authority import init_certificates
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import UsageError
+from tightbeam.common.files import cache_folder
 from tightbeam.common.runs import RunFolder, atomic_write
 from tightbeam.simulations.averaging import average_adapters
-from tightbeam.simulations.demo_inputs import EdgeTexts, cache_folder, prepare_model, prepare_texts
+from tightbeam.simulations.demo_inputs import EdgeTexts, prepare_model, prepare_texts
 from tightbeam.simulations.processes import Child, Children, signals_as_exit
 
 __all__ = ["CUT", "demo_recipe", "run_demo"]

@@ -12,7 +12,6 @@ The two edges get different topics, so their texts are non-IID by nature: `quiz`
 import hashlib
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,6 @@ __all__ = [
     "Chat",
     "EdgeTexts",
     "Wheel",
-    "cache_folder",
     "chats_from_corpus",
     "fetch",
     "prepare_model",
@@ -92,11 +90,6 @@ class EdgeTexts:
     train: Path
     evaluation: Path | None  # None: a share of the training file
     question: str
-
-
-def cache_folder() -> Path:
-    """`TIGHTBEAM_CACHE`, or `.cache/tightbeam` where the command runs."""
-    return Path(os.environ.get("TIGHTBEAM_CACHE", ".cache/tightbeam")).absolute()
 
 
 def fetch(wheel: Wheel, cache: Path) -> Path:

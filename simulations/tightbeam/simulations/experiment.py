@@ -19,8 +19,9 @@ from rich.console import Console
 
 from tightbeam.common.authority import init_certificates
 from tightbeam.common.errors import UsageError
+from tightbeam.common.files import cache_folder
 from tightbeam.common.runs import atomic_write
-from tightbeam.simulations.demo_inputs import cache_folder, prepare_model
+from tightbeam.simulations.demo_inputs import prepare_model
 from tightbeam.simulations.installed import require_accountant, require_flower, require_ray
 from tightbeam.simulations.processes import Children, signals_as_exit
 from tightbeam.simulations.progress import FederationProgress

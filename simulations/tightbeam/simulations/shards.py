@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from tightbeam.common.errors import DataError
+from tightbeam.common.files import cache_folder
 from tightbeam.common.runs import atomic_write
 from tightbeam.edge.records import read_records
-from tightbeam.simulations.demo_inputs import CORPUS, cache_folder, chats_from_corpus, fetch
+from tightbeam.simulations.demo_inputs import CORPUS, chats_from_corpus, fetch
 from tightbeam.simulations.partition import deal
 from tightbeam.simulations.scenario import Scenario
 
