@@ -7,9 +7,10 @@ import json
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from tightbeam.common.backbone import Cut, build_skeleton, config_from_dict, dissect, fill
+from tightbeam.common.errors import UnsupportedModelError
 from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
 from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.weights import BlobStore, local_source
@@ -49,6 +50,28 @@ def build_split_model(
     trunk.watch(anatomy)
     model.config.use_cache = False
     if model.generation_config is not None:
+        model.generation_config = _generation_config(card, store, local_path) or model.generation_config
         model.generation_config.use_cache = False
+        model.generation_config.cache_implementation = None
     model.name_or_path = card.model  # what PEFT writes into adapter_config.json
     return model
+
+
+def _generation_config(card: Card, store: BlobStore, local_path: Path | None) -> GenerationConfig | None:
+    """How the model's makers want it to generate and when to stop; None when they do not say."""
+    name = "generation_config.json"
+    if local_path is not None:
+        file = local_path / name
+    else:
+        blob = next((blob for blob in card.blobs if blob.name == f"file/{name}"), None)
+        if blob is None:
+            return None
+        file = store.get(blob)
+    if not file.is_file():
+        return None
+    try:
+        return GenerationConfig.from_pretrained(file.parent, file.name)
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"The model's {name} cannot be used: {error}", cure="Have its operator mend that file."
+        ) from error

@@ -124,14 +124,16 @@ class Checkpoint:
     def align(self, model: PreTrainedModel, anatomy: Anatomy) -> None:
         """Name the tensors as `model` (a skeleton will do) does, and drop what it has no use for.
 
-        Base-model checkpoints lack a prefix; a tied head may be stored twice.
+        Base-model checkpoints lack a prefix. A tied head may be stored twice; one with other values than the
+        embedding stays, for transformers then does not tie it, whatever the config says.
         """
         expected, prefix = model.state_dict(), model.base_model_prefix
         for name in list(self.tensors):
             if name not in expected and f"{prefix}.{name}" in expected:
                 self.tensors[f"{prefix}.{name}"] = self.tensors.pop(name)
-        if model.config.tie_word_embeddings:
-            self.tensors.pop(f"{anatomy.head_path}.weight", None)
+        head, embedding = (f"{path}.weight" for path in (anatomy.head_path, anatomy.embedding_path))
+        if model.config.tie_word_embeddings and self._equal(head, embedding):
+            del self.tensors[head]
         self.tensors = {name: self.tensors[name] for name in sorted(self.tensors) if name in expected}
 
     def load(self, name: str) -> Tensor:
@@ -146,6 +148,13 @@ class Checkpoint:
                 f"{place.file} is damaged or cut short: {error}.", cure="Fetch the model again."
             ) from error
         return tensor
+
+    def _equal(self, one: str, other: str) -> bool:
+        if not {one, other} <= self.tensors.keys():
+            return False
+        first, second = self.tensors[one], self.tensors[other]
+        alike = (first.dtype, first.shape) == (second.dtype, second.shape)
+        return alike and torch.equal(self.load(one), self.load(other))
 
     def weight_blobs(self, anatomy: Anatomy) -> list[Blob]:
         """All weights, grouped by the part of the model that an edge may want."""

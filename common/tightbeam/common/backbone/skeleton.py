@@ -1,11 +1,15 @@
-"""Build a transformers model without its weights, then fill in only the parts that one side holds."""
+"""Build a transformers model without its weights, then fill in only the parts that one side holds.
+
+Nothing of the process is changed on the way (torch's default dtype, `nn.Module`), as the usual contexts of
+accelerate and transformers do: other threads may be loading models, or training.
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from tightbeam.common.backbone.families import check_family
@@ -33,12 +37,28 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The whole model with its parameters on the meta device (no memory) and its buffers real."""
     check_family(config)
-    with init_empty_weights(include_buffers=False):
+    with _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention
+            config, dtype=None, attn_implementation=attention
         )
+    model.config.dtype = dtype
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, dtype=dtype, device="meta")
+                module._parameters[name] = nn.Parameter(empty)
     model.eval()
     return model
+
+
+class _EmptyOnMeta(TorchFunctionMode):
+    """What a constructor leaves empty, its large weights, takes no memory. Of this thread only."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **(kwargs | {"device": "meta"} if func is torch.empty else kwargs))
 
 
 def fill(
@@ -57,7 +77,9 @@ def fill(
         if wanted(name) and (tensor := load(name)) is not None:
             state[name] = tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
     model.load_state_dict(state, strict=False, assign=True)
-    model.tie_weights()
+    tied = model.all_tied_weights_keys  # where a checkpoint has both ends and they differ, they stay apart
+    if state.keys() & {*tied, *tied.values()}:
+        model.tie_weights(missing_keys=set(model.state_dict()) - state.keys(), recompute_mapping=False)
     _move_real(model, device)
     if missing := [name for name, p in model.named_parameters() if p.is_meta and wanted(name)]:
         raise UnsupportedModelError(
