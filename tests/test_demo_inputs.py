@@ -11,7 +11,7 @@ import pytest
 
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.files import cache_folder
-from tightbeam.edge.records import read_records
+from tightbeam.edge.data.reading import read_records
 from tightbeam.simulations import demo_inputs
 from tightbeam.simulations.demo_inputs import (
     CORPUS,

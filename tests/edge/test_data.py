@@ -19,7 +19,7 @@ from tightbeam.edge.data import (
     load_examples,
     split_examples,
 )
-from tightbeam.edge.records import read_records
+from tightbeam.edge.data.reading import read_records
 
 PAIR = {"prompt": "Who?", "completion": "Me."}
 CHAT = [
@@ -29,12 +29,6 @@ CHAT = [
     {"role": "user", "content": "Sure?"},
     {"role": "assistant", "content": "Yes."},
 ]
-# A template that shows an answer's thoughts only in the last message, as reasoning models have it.
-REWRITES = (
-    "{% for m in messages %}<|im_start|>{% if loop.last and m.role == 'assistant' %}thinks {% endif %}"
-    "{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def _learned(example: Example, template: str | None = CHATML) -> str:
@@ -85,15 +79,6 @@ def test_plain_text_is_learned_whole(tmp_path: Path) -> None:
 def test_answer_only_can_be_turned_off(tmp_path: Path) -> None:
     example = _one(tmp_path, PAIR, answer_only=False)
     assert example.labels == example.input_ids
-
-
-def test_a_template_that_rewrites_the_past_is_refused_not_masked_wrongly(tmp_path: Path) -> None:
-    assert _learned(_one(tmp_path, PAIR, CHATML)) == "Me.<|im_end|>\n"
-    with pytest.raises(
-        DataError, match=r"one\.jsonl:1: the chat template rewrites.*message 3.*answer_only=false"
-    ):
-        _one(tmp_path, {"messages": CHAT}, REWRITES)
-    assert _one(tmp_path, {"messages": CHAT}, REWRITES, answer_only=False).num_learned > 0
 
 
 def test_a_chat_needs_a_template(tmp_path: Path) -> None:
@@ -168,7 +153,22 @@ def test_blank_lines_and_other_keys_do_no_harm(tmp_path: Path) -> None:
             '{"messages": [{"role": "bot", "content": "a"}]}',
             r"role 'bot'.*system, user, assistant",
         ),
-        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"content holds int"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": 3}]}', r"message 1: content holds int"),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": null}]}', r":1: message 1 is empty"),
+        ("a.jsonl", '{"messages": [{"role": "assistant", "content": " "}]}', r":1: message 1 is empty"),
+        (
+            "a.jsonl",
+            '{"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}',
+            r"a\.jsonl:1: message 1 has a part of type 'image_url'; only text",
+        ),
+        ("a.jsonl", '{"messages": [{"role": "user", "content": "a"}], "tools": "b"}', r":1: tools is not a"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "\\ud83d"}', r"a\.jsonl:2 holds \\ud83d, half of a character"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000, r"a\.jsonl:1 is nested too deeply"),
+        (
+            "a.jsonl",
+            '{"text": "a", "n": ' + "9" * 5000 + "}",
+            r"a\.jsonl:1 holds a number of too many digits",
+        ),
         ("a.csv", "prompt,completion\na\n", r"a\.csv:2 has another number of columns"),
         ("a.csv", "prompt,completion\na,b,c\n", r"a\.csv:2 has another number of columns"),
         ("a.csv", 'text\n"a" b\n', r"a\.csv:2 is not CSV"),

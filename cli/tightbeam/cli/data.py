@@ -37,7 +37,7 @@ def check(
     if (model is None) == (cloud is None):
         raise UsageError("The tokenizer is missing.", cure="Give --model or --cloud, one of them.")
     from tightbeam.edge.data import check_file
-    from tightbeam.edge.records import read_records
+    from tightbeam.edge.data.reading import read_records
 
     read_records(file)  # before the tokenizer is fetched: a bad line is told at once
     tokenizer = _local(model) if model is not None else _remote(str(cloud), identity, insecure)

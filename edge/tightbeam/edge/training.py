@@ -29,12 +29,12 @@ from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
 from tightbeam.edge.data import IGNORED, Example, collate, load_dataset, split_examples
+from tightbeam.edge.data.reading import read_records
 from tightbeam.edge.export import save_adapter
 from tightbeam.edge.interrupts import StopRequest
 from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.progress import TrainingProgress
-from tightbeam.edge.records import read_records
 from tightbeam.edge.side import add_side, side_of
 from tightbeam.proto.backbone_pb2 import Card
 

@@ -81,7 +81,7 @@ def _own_texts(files: Sequence[Path]) -> list[EdgeTexts]:
     """Name the user's files as the texts of two edges; the question is the first one of each file."""
     if len(files) != 2:
         raise UsageError(f"The demo has two edges, not {len(files)}.", cure="Give --data FILE twice.")
-    from tightbeam.edge.records import read_records
+    from tightbeam.edge.data.reading import read_records
 
     texts = []
     for name, file in zip(("first", "second"), files, strict=True):

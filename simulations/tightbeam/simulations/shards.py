@@ -14,7 +14,7 @@ from typing import Any
 from tightbeam.common.errors import DataError
 from tightbeam.common.files import cache_folder
 from tightbeam.common.runs import atomic_write
-from tightbeam.edge.records import read_records
+from tightbeam.edge.data.reading import read_records
 from tightbeam.simulations.demo_inputs import CORPUS, chats_from_corpus, fetch
 from tightbeam.simulations.partition import deal
 from tightbeam.simulations.scenario import Scenario

@@ -1,6 +1,6 @@
 """Data files become chats: JSONL and CSV by their ending, their shape by the keys of the first record.
 
-    messages                      [{"role": "user", "content": "..."}, ...]
+    messages, [tools]             [{"role": "user", "content": "..."}, ...], and tools offered to the model
     prompt, completion            a question and its answer
     instruction, [input,] output  the same, with an optional text that the instruction is about
     text                          plain text, learned whole
@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from tightbeam.common.errors import DataError
+from tightbeam.common.errors import DataError, reason
 
-__all__ = ["Message", "Record", "RecordFormat", "read_records"]
+__all__ = ["SILENT_KEYS", "Message", "Record", "RecordFormat", "one_line", "read_records"]
 
 RecordFormat = Literal["messages", "prompt", "instruction", "text"]
-Message = dict[str, str]
+Message = dict[str, Any]  # role and content are text; other keys are as the file has them
 
 _NEEDS: dict[RecordFormat, tuple[str, ...]] = {
     "messages": ("messages",),
@@ -31,6 +31,7 @@ _NEEDS: dict[RecordFormat, tuple[str, ...]] = {
 }
 _SHAPES = "messages; prompt, completion; instruction, [input,] output; or text"
 _ROLES = ("system", "user", "assistant", "tool")
+SILENT_KEYS = {"role", "id", "name", "tool_call_id"}  # of a message: they say nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ class Record:
     line: int
     messages: tuple[Message, ...] = ()
     text: str = ""
+    tools: list[Any] | None = None  # JSON schemas
 
 
 def read_records(path: str | Path, record_format: str = "auto") -> tuple[RecordFormat, list[Record]]:
@@ -70,9 +72,9 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _text(path: Path) -> str:
     try:
         raw = path.read_bytes()
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise DataError(
-            f"Cannot read the data file {path}: {error.strerror}.",
+            f"Cannot read the data file {path}: {reason(error)}.",
             cure="A relative path starts at the folder the command runs in.",
         ) from error
     try:
@@ -87,13 +89,7 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}:{number} is not JSON: {error.msg} at column {error.colno}.",
-                cure="Each line is one whole JSON object.",
-            ) from error
+        row = _json(f"{path}:{number}", line, "Each line is one whole JSON object.")
         if not isinstance(row, dict):
             raise DataError(
                 f"{path}:{number} holds {type(row).__name__}, not a JSON object.",
@@ -112,7 +108,8 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
                     cure="Put double quotes around a text that holds a comma or a line break.",
                 )
             if isinstance(row.get("messages"), str):
-                yield reader.line_num, {"messages": _json_cell(path, reader.line_num, row["messages"])}
+                place, cure = f"{path}:{reader.line_num}: the column messages", "Use a .jsonl file for chats."
+                yield reader.line_num, {"messages": _json(place, row["messages"], cure)}
             else:
                 yield reader.line_num, row
     except csv.Error as error:
@@ -121,14 +118,29 @@ def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
         ) from error
 
 
-def _json_cell(path: Path, line: int, cell: str) -> Any:
+def _json(place: str, text: str, cure: str) -> Any:
     try:
-        return json.loads(cell)
+        value = json.loads(text)
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
+        raise DataError(f"{place} is not JSON: {error.msg} at column {error.colno}.", cure=cure) from error
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
         raise DataError(
-            f"{path}:{line}: the column messages is not JSON: {error.msg}.",
-            cure="Use a .jsonl file for chats.",
+            f"{place} holds {half}, half of a character.",
+            cure="Take it out: a text that was cut within an emoji has it, and no tokenizer can read it.",
         ) from error
+    except RecursionError as error:
+        raise DataError(f"{place} is nested too deeply.", cure=cure) from error
+    except ValueError as error:
+        raise DataError(f"{place} holds a number of too many digits.", cure="Write it as text.") from error
+    return value
+
+
+def one_line(text: str) -> str:
+    """Text from a file as a message can quote it."""
+    return f"{text if text.isprintable() else repr(text):.200}"
 
 
 def _detect(path: Path, line: int, row: dict[str, Any]) -> RecordFormat:
@@ -136,7 +148,7 @@ def _detect(path: Path, line: int, row: dict[str, Any]) -> RecordFormat:
         if all(key in row for key in keys):
             return found
     raise DataError(
-        f"{path}:{line} has keys {', '.join(map(str, row)) or 'none'}: no known shape.",
+        f"{path}:{line} has keys {', '.join(map(one_line, row)) or 'none'}: no known shape.",
         cure=f"Use the keys {_SHAPES}.",
     )
 
@@ -149,9 +161,10 @@ def _record(path: Path, line: int, row: dict[str, Any], found: RecordFormat) -> 
             cure=f"All records of a file share one shape; this one is read as {found}.",
         )
     if found == "messages":
-        return Record(line, messages=_messages(path, line, row["messages"]))
+        messages = _messages(path, line, row["messages"])
+        return Record(line, messages=messages, tools=_tools(path, line, row.get("tools")))
     texts = {
-        key: _string(path, line, key, row[key])
+        key: _string(f"{path}:{line}", key, row[key])
         for key in (*_NEEDS[found], "input")
         if row.get(key) is not None
     }
@@ -175,12 +188,20 @@ def _pair(question: str, answer: str) -> tuple[Message, ...]:
     return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
 
 
-def _string(path: Path, line: int, key: str, value: Any) -> str:
+def _string(place: str, key: str, value: Any) -> str:
     if isinstance(value, str):
         return value
     raise DataError(
-        f"{path}:{line}: {key} holds {type(value).__name__}, not text.", cure="Put it in double quotes."
+        f"{place}: {key} holds {type(value).__name__}, not text.", cure="Write it as text, in double quotes."
     )
+
+
+def _tools(path: Path, line: int, value: Any) -> list[Any] | None:
+    if value and not (isinstance(value, list) and all(isinstance(tool, dict) for tool in value)):
+        raise DataError(
+            f"{path}:{line}: tools is not a list of objects.", cure="Give each tool its JSON schema."
+        )
+    return value or None
 
 
 def _messages(path: Path, line: int, value: Any) -> tuple[Message, ...]:
@@ -189,13 +210,34 @@ def _messages(path: Path, line: int, value: Any) -> tuple[Message, ...]:
         raise DataError(f"{path}:{line}: messages is not a list of messages.", cure=cure)
     messages = []
     for number, message in enumerate(value, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{path}:{line}: message {number} lacks role or content.", cure=cure)
-        role = message["role"]
-        if role not in _ROLES:
-            raise DataError(
-                f"{path}:{line}: message {number} has the role {role!r}.",
-                cure=f"Known roles: {', '.join(_ROLES)}.",
-            )
-        messages.append({"role": role, "content": _string(path, line, "content", message["content"])})
+        place = f"{path}:{line}: message {number}"
+        if not isinstance(message, dict) or "role" not in message or not message.keys() - SILENT_KEYS:
+            raise DataError(f"{place} lacks role or content.", cure=cure)
+        messages.append(_message(place, message))
     return tuple(messages)
+
+
+def _message(place: str, message: dict[str, Any]) -> Message:
+    """A message with its content as text, and without keys that hold nothing."""
+    role, content = message["role"], _content(place, message.get("content"))
+    if role not in _ROLES:
+        raise DataError(f"{place} has the role {role!r:.40}.", cure=f"Known roles: {', '.join(_ROLES)}.")
+    others = {key: value for key, value in message.items() if value not in (None, "", [], {})}
+    wanted = role == "assistant" or message.get("content") is None  # a system prompt may be empty
+    if wanted and not content.strip() and not others.keys() - SILENT_KEYS - {"content"}:
+        raise DataError(f"{place} is empty.", cure="Fill it, or take the chat out.")
+    return {**others, "role": role, "content": content}
+
+
+def _content(place: str, value: Any) -> str:
+    """Text, or its parts joined as OpenAI's API has them."""
+    if not isinstance(value, list):
+        return "" if value is None else _string(place, "content", value)
+    for part in value:
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise DataError(
+                f"{place} has a part of type {kind!r:.40}; only text can be learned.",
+                cure='Write its content as text, or as parts {"type": "text", "text": "..."}.',
+            )
+    return "".join(part["text"] for part in value)

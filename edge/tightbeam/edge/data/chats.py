@@ -1,0 +1,206 @@
+"""A tokenizer's chat template renders a chat, and here is found which characters of it are the answers.
+
+A template with `{% generation %}` says so itself. Else an answer begins where the messages before it and the
+prompt for an answer end, and ends where the chat up to it ends. Templates that show a message otherwise once
+others follow (reasoning models show the thoughts of the last answer only) have no such borders: there, a mark
+is put into the message, and where it comes out tells the place. What cannot be told is refused, and so is
+what the template would leave out.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from tightbeam.common.errors import DataError
+from tightbeam.edge.data.reading import SILENT_KEYS, Message, Record, one_line
+
+__all__ = ["ChatTemplate", "Span", "common_prefix"]
+
+Span = tuple[int, int]  # first character, and the one after the last
+
+_MARK = "\ue000"  # of Unicode's private use: no text means anything by it
+_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_TODAY = date(2024, 7, 26)  # for every template that asks: the same file gives the same tokens on every day
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """The chat template of a tokenizer, for the chats of one file."""
+
+    tokenizer: PreTrainedTokenizerBase
+    path: Path
+    _shown: set[tuple[str, str]] = field(default_factory=set)  # role and key that it is known to show
+
+    def render(self, record: Record) -> str:
+        """The text of a chat.
+
+        Raises:
+            DataError: the template refuses the chat, or leaves something of it out.
+
+        """
+        try:
+            text = self._apply(record, record.messages)
+        except _FAULTS as error:
+            why = one_line(" ".join(str(error).split())) or type(error).__name__
+            raise self._refusal(
+                record,
+                f"the chat template refuses this chat ({why})",
+                "Write it as the model's template wants it; some take no system message, or no two of a role "
+                "in a row.",
+            ) from error
+        self._refuse_lost(record, text)
+        return text
+
+    def answers(self, record: Record) -> tuple[str, list[Span]]:
+        """The text of a chat, and what of it are answers.
+
+        Raises:
+            DataError: see `render`; also when the borders of an answer cannot be told.
+
+        """
+        answers = [n for n, message in enumerate(record.messages) if message["role"] == "assistant"]
+        if not answers:
+            raise self._refusal(
+                record, "no message has the role assistant, so there is nothing to learn",
+                "Add the answer, take the chat out, or set data.answer_only=false.",
+            )  # fmt: skip
+        text = self.render(record)
+        spans = self._own_spans(record, text) or [self._span(record, number, text) for number in answers]
+        if any(start >= end for start, end in spans):
+            raise self._unclear(record, answers[0])
+        return text, spans
+
+    def _own_spans(self, record: Record, text: str) -> list[Span]:
+        """What the template itself marks as generated; nothing where that does not hold the answers."""
+        template = self._template(record)
+        if not re.search(r"\{%-?\s*generation\b", template):
+            return []
+        render: Any = render_jinja_template  # annotated as if it gave the text alone
+        rendered, (spans,) = render(
+            [[dict(message) for message in record.messages]],
+            tools=record.tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **self.tokenizer.special_tokens_map,
+        )
+        marked = "".join(text[start:end] for start, end in spans)
+        answers = (m["content"].strip() for m in record.messages if m["role"] == "assistant")
+        sound = rendered == [text] and all(answer in marked for answer in answers)
+        return [(start, end) for start, end in spans if start < end] if sound else []
+
+    def _span(self, record: Record, number: int, text: str) -> Span:
+        """From the end of the prompt for answer `number` to the end of its message."""
+        messages = record.messages
+        is_last = number == len(messages) - 1
+        before = self._try(record, messages[:number], ask=True) if number else None
+        through = text if is_last else self._try(record, messages[: number + 1])
+        begun = before is not None and text.startswith(before)
+        if begun and through is not None and through.startswith(str(before)) and text.startswith(through):
+            return len(str(before)), len(through)
+        start = len(str(before)) if begun else self._place(record, number, messages, text, at_end=False)
+        end: int | None = len(text)
+        if not is_last:
+            end = self._place(record, number, messages, text, at_end=True)
+            alone = self._place(record, number, messages[: number + 1], through, at_end=True)
+            if end is not None and alone is not None and through is not None:
+                end += common_prefix(text[end:], through[alone:])
+            else:
+                end = None
+        if start is None or end is None:
+            raise self._unclear(record, number)
+        return start, end
+
+    def _place(
+        self, record: Record, number: int, messages: Sequence[Message], text: str | None, *, at_end: bool
+    ) -> int | None:
+        """Where in `text`, the rendering of `messages`, the content of one of them begins or ends."""
+        marked = self._marked(record, number, messages, at_end=at_end)
+        if text is None or marked is None or marked.count(_MARK) != 1:
+            return None
+        head, tail = marked.split(_MARK)
+        place = len(text) - len(tail)
+        # The mark may keep a template from trimming white space beside it; nothing else may have changed.
+        same = text.endswith(tail) and "".join(text[:place].split()) == "".join(head.split())
+        return place if same else None
+
+    def _marked(
+        self, record: Record, number: int, messages: Sequence[Message], *, at_end: bool = True
+    ) -> str | None:
+        content = messages[number]["content"]
+        marked = {**messages[number], "content": content + _MARK if at_end else _MARK + content}
+        return self._try(record, [*messages[:number], marked, *messages[number + 1 :]])
+
+    def _refuse_lost(self, record: Record, text: str) -> None:
+        messages = record.messages
+        for number, message in enumerate(messages):
+            content = message["content"].strip()
+            if content not in text and _MARK not in (self._marked(record, number, messages) or ""):
+                raise self._lost(record, f"message {number + 1}, of the role {message['role']},")
+            for key in message.keys() - SILENT_KEYS - {"content"}:
+                if (message["role"], key) not in self._shown:
+                    if not self._shows(record, number, key, text):
+                        raise self._lost(record, f"the key {key!r:.40} of message {number + 1}")
+                    self._shown.add((message["role"], key))
+        if record.tools and self._try(replace(record, tools=None), messages) == text:
+            raise self._lost(record, "the key 'tools'")
+
+    def _shows(self, record: Record, number: int, key: str, text: str) -> bool:
+        """Whether a key of a message changes the text; some are shown in the last message only."""
+        messages = record.messages
+        without = {name: value for name, value in messages[number].items() if name != key}
+        before = messages[:number]
+        if self._try(record, [*before, without, *messages[number + 1 :]]) != text:
+            return True
+        return self._try(record, [*before, without]) != self._try(record, [*before, messages[number]])
+
+    def _template(self, record: Record) -> str:
+        template = self.tokenizer.get_chat_template(tools=record.tools)
+        return _NOW.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
+
+    def _apply(self, record: Record, messages: Sequence[Message], ask: bool = False) -> str:
+        rendered = self.tokenizer.apply_chat_template(
+            list(messages),
+            tools=record.tools,
+            chat_template=self._template(record),
+            tokenize=False,
+            add_generation_prompt=ask,
+        )
+        return str(rendered)
+
+    def _try(self, record: Record, messages: Sequence[Message], ask: bool = False) -> str | None:
+        """The text of part of a chat; None when the template wants more of it."""
+        try:
+            return self._apply(record, messages, ask)
+        except _FAULTS:
+            return None
+
+    def _refusal(self, record: Record, problem: str, cure: str) -> DataError:
+        return DataError(f"{self.path}:{record.line}: {problem}.", cure=cure)
+
+    def _lost(self, record: Record, what: str) -> DataError:
+        return self._refusal(
+            record,
+            f"the chat template does not show {what} so it would be lost",
+            "Take it out, or use a model whose template shows it.",
+        )
+
+    def _unclear(self, record: Record, number: int) -> DataError:
+        return self._refusal(
+            record,
+            f"the chat template rewrites message {number + 1}, so the borders of its answer cannot be told",
+            "Give each answer its own record, or set data.answer_only=false.",
+        )
+
+
+def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
+    """How many items two sequences have in common at their start."""
+    differ = (i for i, (one, other) in enumerate(zip(left, right, strict=False)) if one != other)
+    return next(differ, min(len(left), len(right)))
