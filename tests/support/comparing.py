@@ -62,7 +62,7 @@ def lora(family: str, blocks: tuple[int, ...] = (0, 4, 5), **changes: Any) -> Lo
     """LoRA on every linear layer of the given blocks, with a B that is not zero."""
     options: dict[str, Any] = {"fan_in_fan_out": True} if family == "gpt2" else {}  # its layers are Conv1D
     options |= {"r": 4, "init_lora_weights": False, "layers_to_transform": list(blocks)}
-    return LoraConfig(target_modules=targets(family), **(options | changes))
+    return LoraConfig(**(options | {"target_modules": targets(family)} | changes))
 
 
 def twins(

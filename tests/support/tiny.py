@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["TINY", "ragged_batch", "tiny_model"]
+__all__ = ["TINY", "ragged_batch", "scaled", "tiny_model"]
 
 _ROPE = {
     "vocab_size": 97,
@@ -65,13 +65,16 @@ def tiny_model(family: str, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model of `family` with 6 blocks of width 32, with weights large enough to matter."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(family, **(TINY[family] | changes))
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return scaled(AutoModelForCausalLM.from_config(config))
+
+
+def scaled(model: PreTrainedModel) -> PreTrainedModel:
+    """A fresh model whose weights are large enough to matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
-    model.eval()
-    return model
+    return model.eval()
 
 
 def ragged_batch(batch: int, length: int, *, side: str, seed: int = 0, vocab: int = 97) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from tightbeam.common.backbone import (
     MAX_TAPS,
     PACKED_ATTENTION,
     Blob,
-    Checkpoint,
     CutPolicy,
     PackedTrunk,
     Projection,
@@ -28,6 +27,8 @@ from tightbeam.common.backbone import (
     dissect,
     fill,
     fingerprint,
+    open_checkpoint,
+    refusing,
     resolve_model,
     self_test,
 )
@@ -84,11 +85,12 @@ def load_backbone(
 
     Raises `UsageError` and its kin for what the operator can mend.
     """
-    checkpoint = Checkpoint(resolve_model(model))
+    checkpoint = open_checkpoint(resolve_model(model))
     config = config_from_dict(checkpoint.config)
     on, as_dtype = choose_device(device), choose_dtype(dtype, checkpoint.dtype)
     skeleton = build_skeleton(config, as_dtype, PACKED_ATTENTION)
-    anatomy = dissect(skeleton)
+    with refusing(config.model_type):
+        anatomy = dissect(skeleton)
     checkpoint.align(skeleton, anatomy)
     num_blocks = len(anatomy.blocks)
     loaded = policy.loaded(num_blocks)
@@ -109,8 +111,9 @@ def load_backbone(
         as_dtype,
         on,
     )
-    trunk = PackedTrunk(skeleton)
-    test = self_test(trunk, loaded, as_dtype)
+    with refusing(config.model_type):
+        trunk = PackedTrunk(skeleton)
+        test = self_test(trunk, loaded, as_dtype)
     weights = checkpoint.weight_blobs(anatomy)
     blobs = weights + checkpoint.file_blobs()
     print_ = fingerprint(checkpoint.config, {blob.name: blob.sha256 for blob in weights})

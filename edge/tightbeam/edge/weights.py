@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tightbeam.common.backbone import PROJECTION_BLOB, Anatomy, Checkpoint, fingerprint
+from tightbeam.common.backbone import PROJECTION_BLOB, Anatomy, fingerprint, open_checkpoint
 from tightbeam.common.backbone.checkpoint import AUXILIARY_FILES
 from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
 from tightbeam.common.runs import atomic_write
@@ -145,7 +145,7 @@ class BlobStore:
 
 def local_source(folder: Path, card: Card, model: PreTrainedModel, anatomy: Anatomy) -> WeightSource:
     """Slice a local checkpoint instead of downloading; it must have the cloud's fingerprint."""
-    checkpoint = Checkpoint(folder)
+    checkpoint = open_checkpoint(folder)
     checkpoint.align(model, anatomy)
     hashes = {blob.name: blob.sha256 for blob in checkpoint.weight_blobs(anatomy)}
     if fingerprint(checkpoint.config, hashes) != card.fingerprint:

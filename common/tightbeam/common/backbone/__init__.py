@@ -2,8 +2,9 @@
 
 from tightbeam.common.backbone.attention import PACKED_ATTENTION, SegmentTable, SharedRows, packed_attention
 from tightbeam.common.backbone.checkpoint import Blob, Checkpoint, fingerprint, resolve_model
+from tightbeam.common.backbone.converted import open_checkpoint
 from tightbeam.common.backbone.cuts import Cut, CutPolicy
-from tightbeam.common.backbone.families import FAMILIES, Anatomy, check_family, dissect
+from tightbeam.common.backbone.families import FAMILIES, Anatomy, check_family, dissect, refusing
 from tightbeam.common.backbone.packing import Packer, Segments
 from tightbeam.common.backbone.selftest import SelfTest, self_test
 from tightbeam.common.backbone.skeleton import build_skeleton, config_from_dict, fill
@@ -35,7 +36,9 @@ __all__ = [
     "dissect",
     "fill",
     "fingerprint",
+    "open_checkpoint",
     "packed_attention",
+    "refusing",
     "resolve_model",
     "self_test",
     "tap_name",

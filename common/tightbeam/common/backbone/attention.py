@@ -9,7 +9,7 @@ they can share a row: everything but attention is then computed once for all of 
 values are laid out per token only here.
 
 H = query heads, K = key/value heads, N = packed tokens, M = rows (N unless some are shared), n = tokens of
-one segment, E = head size.
+one segment, E = head size (of values another than of queries in latent attention).
 """
 
 from collections.abc import Iterable
@@ -26,6 +26,8 @@ from tightbeam.common.errors import UnsupportedModelError
 __all__ = ["PACKED_ATTENTION", "SegmentTable", "SharedRows", "packed_attention"]
 
 PACKED_ATTENTION = "tightbeam_packed"
+# what models pass along that changes nothing here: positions are in the rows already, nothing is cached
+_WITHOUT_EFFECT = {"cache_position", "output_attentions", "output_hidden_states", "position_ids", "use_cache"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +77,21 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    **unused: object,
+    is_causal: bool | None = None,
+    **others: object,
 ) -> tuple[Tensor, None]:
     """Causal attention of each segment alone; returns `[1, M, H, E]` and no weights.
 
-    Honours `sliding_window` and `softcap`; refuses what it cannot honour.
+    Honours `sliding_window` and `softcap`; refuses every argument that it does not know.
     """
-    if unsupported := [name for name in ("s_aux", "sinks", "position_bias") if unused.get(name) is not None]:
-        raise UnsupportedModelError(f"Attention with {unsupported[0]} is not supported on packed rows.")
+    given = {name for name, value in others.items() if value is not None} - _WITHOUT_EFFECT
+    if is_causal is False:
+        given.add("is_causal=False")
+    if given:
+        raise UnsupportedModelError(
+            f"Attention with {min(given)} is not supported on packed rows.",
+            cure="This architecture cannot be served; choose a tested family.",
+        )
     assert attention_mask is None
     assert dropout == 0.0, "the trunk runs in eval mode"
     segments.num_calls += 1
@@ -111,15 +120,16 @@ def _attend(
             for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)
         ]
         return torch.cat(out, dim=2).transpose(1, 2)
-    if segments.cumulative_S1 is not None and query_1HNE.dtype != torch.float32:
+    same_width = query_1HNE.shape[3] == value_1KNE.shape[3]
+    if segments.cumulative_S1 is not None and query_1HNE.dtype != torch.float32 and same_width:
         return _varlen(segments, query_1HNE, key_1KNE, value_1KNE, scaling, window)
     if len(set(segments.lengths)) == 1:  # equal lengths: one batched call
-        num, (heads, width) = len(segments.lengths), (query_1HNE.shape[1], query_1HNE.shape[3])
+        num = len(segments.lengths)
         q, k, v = (
-            x.view(x.shape[1], num, -1, width).transpose(0, 1) for x in (query_1HNE, key_1KNE, value_1KNE)
+            x.view(x.shape[1], num, -1, x.shape[3]).transpose(0, 1)
+            for x in (query_1HNE, key_1KNE, value_1KNE)
         )
-        out_SHnE = _sdpa(q, k, v, scaling, window)
-        return out_SHnE.transpose(1, 2).reshape(1, -1, heads, width)
+        return _sdpa(q, k, v, scaling, window).transpose(1, 2).flatten(0, 1)[None]
     out = [_sdpa(q, k, v, scaling, window) for q, k, v in _pieces(segments, query_1HNE, key_1KNE, value_1KNE)]
     return torch.cat(out, dim=2).transpose(1, 2)
 

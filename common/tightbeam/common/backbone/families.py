@@ -5,14 +5,17 @@ in `FAMILIES`; other models are tried, and the cloud's self-test (`selftest.py`)
 on packed rows. `REFUSED` names architectures known to fail, with the reason.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tightbeam.common.errors import UnsupportedModelError
+from tightbeam.common.errors import TightbeamError, UnsupportedModelError
 
-__all__ = ["FAMILIES", "REFUSED", "Anatomy", "check_family", "dissect"]
+__all__ = ["FAMILIES", "REFUSED", "Anatomy", "check_family", "dissect", "refusing"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "opt")
 
@@ -22,7 +25,11 @@ REFUSED = {
     "mamba": "it has no attention: its state would run across packed sequences",
     "mamba2": "it has no attention: its state would run across packed sequences",
     "gpt_oss": "its attention sinks are not supported on packed rows",
+    "llama4_text": "it attends within chunks, and its temperature counts rows instead of positions",
+    "gemma3n_text": "its blocks take inputs of their own beside the hidden states",
+    "gemma4_text": "its blocks take inputs of their own beside the hidden states",
 }
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +54,25 @@ def check_family(config: PretrainedConfig) -> None:
         raise UnsupportedModelError(
             "Quantised checkpoints cannot be cut yet.", cure="Save a dequantised copy and serve that."
         )
+    if unknown := set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES:
+        raise UnsupportedModelError(
+            f"Models of type {name!r} cannot be cut: {min(unknown)} does not keep packed sequences apart.",
+            cure=_CURE,
+        )
+
+
+@contextmanager
+def refusing(model_type: str) -> Iterator[None]:
+    """Whatever an unknown architecture raises inside is a refusal that names it."""
+    try:
+        yield
+    except (TightbeamError, OSError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a stranger's code: there is no list of what it may raise
+        raise UnsupportedModelError(
+            f"Models of type {model_type!r} cannot be cut ({type(error).__name__}: {str(error)[:200]}).",
+            cure=_CURE,
+        ) from error
 
 
 def dissect(model: PreTrainedModel) -> Anatomy:

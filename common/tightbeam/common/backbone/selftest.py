@@ -1,5 +1,7 @@
 """Does this model run on packed rows? Asked once at load; a model that leaks across segments is refused."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +14,8 @@ from tightbeam.common.errors import UnsupportedModelError
 
 __all__ = ["SelfTest", "self_test"]
 
-_LENGTHS = (5, 9, 3)
+_RAGGED, _EQUAL = (5, 23, 3), (13, 13)
+_LONGEST_WINDOW = 4096  # longer ones would take minutes on a CPU; all go through the same argument
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest value
 
 
@@ -29,30 +32,62 @@ def self_test(trunk: PackedTrunk, span: range, dtype: torch.dtype) -> SelfTest:
 
     Raises `UnsupportedModelError` with the reason.
     """
-    generator = torch.Generator().manual_seed(0)
-    device = trunk.device()
-    hidden_ND = torch.randn(sum(_LENGTHS), trunk.hidden_size, generator=generator).to(device, dtype)
-    segments = Segments(_LENGTHS, torch.cat([torch.arange(n) for n in _LENGTHS]))
     name = type(trunk.model).__name__
-
     with torch.no_grad():
-        packed_ND = _run_packed(trunk, hidden_ND, segments, span, name)
-        plain_ND = _run_plain(trunk, hidden_ND, segments, span)
-        error = float((packed_ND - plain_ND).abs().max() / plain_ND.abs().max())
-        if not error <= _TOLERANCE[dtype]:
-            raise UnsupportedModelError(
-                f"{name} gives other results on packed rows (relative difference {error:.1e}).",
-                cure="This architecture cannot be served; choose a tested family.",
-            )
-        start = _LENGTHS[0]
-        changed_ND = hidden_ND.clone()
-        changed_ND[:start] = float("nan")
-        if not torch.equal(_run_packed(trunk, changed_ND, segments, span, name)[start:], packed_ND[start:]):
-            raise UnsupportedModelError(
-                f"{name} leaks across packed sequences: one sequence's values changed another's.",
-                cure="This architecture cannot be served; choose a tested family.",
-            )
+        error = max(_compare(trunk, lengths, span, dtype, name) for lengths in (_RAGGED, _EQUAL))
+        for block, length in _beyond_windows(trunk, span):
+            _compare(trunk, (length, 3), range(block, block + 1), dtype, name)
+    hidden_ND, segments = _rows(trunk, _RAGGED, dtype)
+    with torch.no_grad(), _stock_attention(trunk):
+        trunk.run_plain(hidden_ND[None], None, span)
+    if not trunk.tells_positions:
+        raise UnsupportedModelError(
+            f"{name} does not tell its blocks the position_ids, which an edge sends.",
+            cure="This architecture cannot be served; choose a tested family.",
+        )
     return SelfTest(error, _held_bytes_per_token(trunk, hidden_ND, segments, span))
+
+
+def _rows(trunk: PackedTrunk, lengths: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Segments]:
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND = torch.randn(sum(lengths), trunk.hidden_size, generator=generator).to(trunk.device(), dtype)
+    return hidden_ND, Segments(lengths, torch.cat([torch.arange(n) for n in lengths]))
+
+
+def _beyond_windows(trunk: PackedTrunk, span: range) -> Iterator[tuple[int, int]]:
+    """The first block of each type, and more tokens than its attention window holds."""
+    window = getattr(trunk.config, "sliding_window", None)
+    if not isinstance(window, int) or not max(_RAGGED) <= window <= _LONGEST_WINDOW:
+        return
+    kinds = getattr(trunk.config, "layer_types", None) or [None] * trunk.num_blocks
+    for kind in dict.fromkeys(kinds[index] for index in span):
+        yield next(index for index in span if kinds[index] == kind), window + 7
+
+
+def _compare(
+    trunk: PackedTrunk, lengths: tuple[int, ...], span: range, dtype: torch.dtype, name: str
+) -> float:
+    """Relative difference of packed rows to each sequence alone; the first must not reach the others."""
+    hidden_ND, segments = _rows(trunk, lengths, dtype)
+    packed_ND = _run_packed(trunk, hidden_ND, segments, span, name)
+    plain_ND = _run_plain(trunk, hidden_ND, segments, span)
+    scale, tolerance = plain_ND.abs().max(), _TOLERANCE[dtype]
+    error = float((packed_ND - plain_ND).abs().max() / scale)
+    if not error <= tolerance:
+        raise UnsupportedModelError(
+            f"{name} gives other results on packed rows (relative difference {error:.1e}).",
+            cure="This architecture cannot be served; choose a tested family.",
+        )
+    changed_ND = hidden_ND.clone()
+    changed_ND[: lengths[0]] = float("nan")
+    after_ND = _run_packed(trunk, changed_ND, segments, span, name)
+    # Not bit by bit: experts compute the tokens that chose them together, and round as many at a time.
+    if not float((after_ND - packed_ND)[lengths[0] :].abs().max() / scale) <= tolerance:
+        raise UnsupportedModelError(
+            f"{name} leaks across packed sequences: one sequence's values changed another's.",
+            cure="This architecture cannot be served; choose a tested family.",
+        )
+    return error
 
 
 def _run_packed(trunk: PackedTrunk, hidden_ND: Tensor, segments: Segments, span: range, name: str) -> Tensor:
@@ -66,17 +101,22 @@ def _run_packed(trunk: PackedTrunk, hidden_ND: Tensor, segments: Segments, span:
 
 
 def _run_plain(trunk: PackedTrunk, hidden_ND: Tensor, segments: Segments, span: range) -> Tensor:
-    config = trunk.config
-    softcapped = getattr(config, "attn_logit_softcapping", None) is not None
-    trunk.set_attention("eager" if softcapped or not trunk.model._supports_sdpa else "sdpa")
-    try:
+    with _stock_attention(trunk):
         pieces = [
             trunk.run_plain(hidden_ND[None, a:b], segments.positions_N[None, a:b], span)[0]
             for a, b in segments.bounds
         ]
+    return torch.cat(pieces)
+
+
+@contextmanager
+def _stock_attention(trunk: PackedTrunk) -> Iterator[None]:
+    softcapped = getattr(trunk.config, "attn_logit_softcapping", None) is not None
+    trunk.set_attention("eager" if softcapped or not trunk.model._supports_sdpa else "sdpa")
+    try:
+        yield
     finally:
         trunk.set_attention(PACKED_ATTENTION)
-    return torch.cat(pieces)
 
 
 def _held_bytes_per_token(trunk: PackedTrunk, hidden_ND: Tensor, segments: Segments, span: range) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from tightbeam.common.backbone.families import check_family
+from tightbeam.common.backbone.families import check_family, refusing
 from tightbeam.common.errors import UnsupportedModelError
 
 __all__ = ["build_skeleton", "config_from_dict", "fill"]
@@ -37,7 +37,7 @@ def build_skeleton(
 ) -> PreTrainedModel:
     """The whole model with its parameters on the meta device (no memory) and its buffers real."""
     check_family(config)
-    with _EmptyOnMeta():
+    with refusing(config.model_type), _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             config, dtype=None, attn_implementation=attention
         )
@@ -84,7 +84,7 @@ def fill(
     if missing := [name for name, p in model.named_parameters() if p.is_meta and wanted(name)]:
         raise UnsupportedModelError(
             f"The checkpoint lacks {len(missing)} weights, first {missing[0]!r}.",
-            cure="Fetch the model again, or load it with from_pretrained() and save it anew.",
+            cure="Fetch the model again.",
         )
     model.requires_grad_(False)
 

@@ -50,6 +50,7 @@ class _Slot(nn.Module):
     def forward(self, hidden_1ND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         flight = self._pilot[0].flight
         assert flight is not None
+        self._pilot[0].tells_positions = kwargs.get("position_ids") is not None
         if self.index in flight.span:
             result = self.block(flight.hidden_1ND, *args, **kwargs)
             flight.hidden_1ND = result[0] if isinstance(result, tuple) else result
@@ -74,6 +75,7 @@ class PackedTrunk:
         self.model = model
         self.anatomy: Anatomy = dissect(model)
         self.flight: _Flight | None = None
+        self.tells_positions = False  # whether the model gives its blocks position_ids, as an edge needs
         self.blocks = list(self.anatomy.blocks)
         self.config = model.config.get_text_config()
         for index, block in enumerate(self.blocks):
@@ -107,21 +109,21 @@ class PackedTrunk:
         out_1ND = self._fly(flight, segments.positions_N[None], segments=table)
         return out_1ND[0], {index: tap_1ND[0] for index, tap_1ND in flight.tapped.items()}
 
-    def run_plain(self, hidden_BTD: Tensor, positions_BT: Tensor, span: range) -> Tensor:
-        """The same blocks with whatever stock attention is set, unpacked: the reference of the self-test."""
+    def run_plain(self, hidden_BTD: Tensor, positions_BT: Tensor | None, span: range) -> Tensor:
+        """The same blocks with whatever stock attention is set, unpacked: the reference of the self-test.
+
+        Without positions the model counts them itself, as it does at the edge.
+        """
         return self._fly(_Flight(span, hidden_BTD), positions_BT)
 
-    def _fly(self, flight: _Flight, positions_BT: Tensor, **kwargs: Any) -> Tensor:
+    def _fly(self, flight: _Flight, positions_BT: Tensor | None, **kwargs: Any) -> Tensor:
         self.flight, hidden_BTD = flight, flight.hidden_1ND
         width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)  # OPT projects its embeddings
         dummy_BTW = hidden_BTD.new_zeros(1, 1, 1).expand(*hidden_BTD.shape[:2], width)
+        if positions_BT is not None:
+            kwargs["position_ids"] = positions_BT.to(hidden_BTD.device)
         try:
-            self.anatomy.trunk_owner(
-                inputs_embeds=dummy_BTW,
-                position_ids=positions_BT.to(hidden_BTD.device),
-                use_cache=False,
-                **kwargs,
-            )
+            self.anatomy.trunk_owner(inputs_embeds=dummy_BTW, use_cache=False, **kwargs)
             return flight.hidden_1ND
         finally:
             self.flight = None
