@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from support.tiny import TINY, tiny_model
-from tightbeam.common.backbone import PackedTrunk, Segments, SegmentTable, self_test
+from tightbeam.common.backbone import PackedTrunk, Segments, SegmentTable, attention, self_test
 from tightbeam.common.backbone.attention import packed_attention
 from tightbeam.common.errors import UnsupportedModelError
 
@@ -99,10 +99,19 @@ def test_a_block_that_does_not_take_the_segments_is_refused() -> None:
         self_test(PackedTrunk(model), _SPAN, torch.float32)
 
 
-@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias"])
-def test_attention_that_cannot_be_honoured_is_refused(name: str) -> None:
+def test_a_window_longer_than_the_other_sequences_is_tested(monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = PackedTrunk(tiny_model("mistral", sliding_window=40))
+    self_test(trunk, _SPAN, torch.float32)
+    monkeypatch.setattr(attention, "_window_mask", lambda n, window, device: torch.ones(n, n).tril().bool())
+    with pytest.raises(UnsupportedModelError, match="gives other results on packed rows"):
+        self_test(trunk, _SPAN, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["s_aux", "sinks", "position_bias", "attention_chunk_size", "block_mask"])
+def test_attention_that_is_not_known_is_refused(name: str) -> None:
     table = SegmentTable(Segments((3,), torch.arange(3)), torch.device("cpu"))
     heads = torch.ones(1, 2, 3, 4)
+    packed_attention(nn.Identity(), heads, heads, heads, None, segments=table, use_cache=False)
     extra: dict[str, Any] = {name: torch.ones(2)}
     with pytest.raises(UnsupportedModelError, match=name):
         packed_attention(nn.Identity(), heads, heads, heads, None, segments=table, **extra)

@@ -33,7 +33,7 @@ SERVED: dict[str, tuple[str, dict[str, Any]]] = {
     "experts": ("qwen3_moe", _EXPERTS | {"num_experts": 4}),
     "shared experts": ("deepseek_v3", _EXPERTS | _LATENT | _GROUPS | {"first_k_dense_replace": 1}),
     "latent attention": ("deepseek_v3", _LATENT | _GROUPS | {"first_k_dense_replace": 6}),
-    "values of another width": ("minicpm3", _LATENT),
+    "values of another width": ("minicpm3", _LATENT | {"scale_emb": 1, "dim_model_base": 32}),
     "a renamed head": ("gpt_neox", _ROPE),
 }
 

@@ -74,7 +74,8 @@ def scaled(model: PreTrainedModel) -> PreTrainedModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def ragged_batch(batch: int, length: int, *, side: str, seed: int = 0, vocab: int = 97) -> dict[str, Tensor]:

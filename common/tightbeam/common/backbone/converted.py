@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -69,8 +70,9 @@ def _key(folder: Path) -> str:
 
 def _convert(folder: Path, text: PretrainedConfig, place: Path, *, composite: bool) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)]
     with refusing(text.model_type):
-        model, found = MODEL_FOR_CAUSAL_LM_MAPPING[type(text)].from_pretrained(
+        model, found = kind.from_pretrained(
             folder, dtype="auto", key_mapping=_TEXT_MODEL if composite else None, output_loading_info=True
         )
     if missing := sorted(found["missing_keys"]):

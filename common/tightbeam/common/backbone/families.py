@@ -17,7 +17,22 @@ from tightbeam.common.errors import TightbeamError, UnsupportedModelError
 
 __all__ = ["FAMILIES", "REFUSED", "Anatomy", "check_family", "dissect", "refusing"]
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "gpt2", "opt")
+FAMILIES = (
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "phi3",
+        "gpt2",
+        "gpt_neox",
+        "opt",
+    ),
+    *("mixtral", "qwen3_moe", "deepseek_v3", "minicpm3"),
+)
 
 REFUSED = {
     "bloom": "its attention bypasses transformers' AttentionInterface and would leak across packed sequences",
