@@ -22,7 +22,7 @@ from flwr.serverapp.strategy import FedAvg
 from tightbeam.common.authority import init_certificates
 from tightbeam.common.identity import load_identity
 from tightbeam.simulations.apps.participant import Client
-from tightbeam.simulations.apps.secure import SecureRounds, answer_step, masked_reply
+from tightbeam.simulations.apps.secure import SecureRounds, SecureTask, answer_step
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.global_adapter import to_record
 from tightbeam.simulations.grid import Exchange, InProcessGrid
@@ -30,6 +30,7 @@ from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
 VALUES = 1_000_000
 WEIGHT = 100
+BACKBONE = "a fingerprint"
 # flwr 1.41 SecAgg+, one client of three with a million float32 values, counted as serialised messages.
 FLOWER_UP_BYTES, FLOWER_DOWN_BYTES = 8_000_474, 4_001_534
 
@@ -39,7 +40,7 @@ class Round:
 
     def __init__(self, scenario: Scenario, certs: Path, values: int) -> None:
         self.names = [profile.name for profile in scenario.profiles()]
-        self._settings = Settings(scenario, "127.0.0.1:1", certs, scenario.folder)
+        self._settings = Settings(scenario, "127.0.0.1:1", certs, certs.parent)
         self._start = {"a": np.zeros((values // 2,), np.float32), "b": np.zeros((values // 2,), np.float32)}
         self._moved = {name: array + np.float32(1e-3) for name, array in self._start.items()}
         self.seconds = dict.fromkeys(self.names, 0.0)
@@ -62,9 +63,8 @@ class Round:
         if message.metadata.message_type == "query.secure":
             records["notes"]["secure"] = answer_step(client, context, message.content)
         elif "secure" in message.content.config_records:
-            records["notes"]["secure"] = masked_reply(
-                client, context, message.content, self._moved, WEIGHT, 2.5
-            )
+            task = SecureTask.of(client, context, message.content, "train", BACKBONE)
+            records["notes"]["secure"] = task.masked(self._moved, WEIGHT, 2.5)
         else:
             records["arrays"] = to_record(self._moved)
             records["metrics"] = MetricRecord({"weight": WEIGHT, "loss": 2.5})
@@ -93,7 +93,7 @@ class Round:
 
     def secure(self, certificates: dict[str, bytes]) -> None:
         """All five exchanges."""
-        server = SecureRounds(self._settings.scenario)
+        server = SecureRounds(self._settings.scenario, BACKBONE)
         for name, certificate in certificates.items():
             server.admit(name, self.ids[name], certificate)
         opened = server.open(1, "train", to_record(self._start), self.names, self.grid)

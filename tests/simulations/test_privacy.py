@@ -289,7 +289,7 @@ def test_a_client_that_fails_keeps_its_own_words_under_flowers_mod(playground: P
 # ------------------------------------------------------------------------------------- secure and private
 
 
-def test_in_a_secure_round_the_clients_noise_makes_the_sum_private(certs: Path) -> None:
+def test_in_a_secure_round_the_clients_noise_makes_the_sum_private(certs: Path, tmp_path: Path) -> None:
     """Fewest survivors (threshold 3 of 5): their parts make z C; with all five there is more."""
     privacy = {"noise_multiplier": Z, "clipping_norm": NORM, "where": "client"}
     scenario = secure_scenario(5, weight="equal", privacy=privacy)
@@ -299,8 +299,9 @@ def test_in_a_secure_round_the_clients_noise_makes_the_sum_private(certs: Path) 
         rng = np.random.default_rng(number)
         updates[f"client-{number:02d}"] = {n: a + rng.normal(size=a.shape) for n, a in start.items()}
     for gone in ((), ("client-01", "client-03")):
+        weights, folder = dict.fromkeys(updates, 1), tmp_path / f"{len(gone)}-gone"
         nodes = SecureNodes(
-            scenario, certs, updates=updates, weights=dict.fromkeys(updates, 1), gone=set(gone), start=start
+            scenario, certs, folder, updates=updates, weights=weights, gone=set(gone), start=start
         )
         found = nodes.run()
         there = 5 - len(gone)

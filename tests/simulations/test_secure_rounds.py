@@ -19,8 +19,8 @@ NAMES = [f"client-{number:02d}" for number in range(CLIENTS)]
 
 
 @pytest.fixture
-def nodes(certs: Path) -> SecureNodes:
-    return SecureNodes(secure_scenario(CLIENTS), certs)
+def nodes(certs: Path, tmp_path: Path) -> SecureNodes:
+    return SecureNodes(secure_scenario(CLIENTS), certs, tmp_path)
 
 
 def _require_mean(nodes: SecureNodes, found: Any, names: list[str]) -> None:
@@ -75,9 +75,9 @@ def test_two_vanish_and_the_sum_of_three_is_exact_but_of_two_there_is_none(nodes
     [({"threshold": 1.0}, 1, 5), ({"threshold": 0.8}, 2, 4), ({"min_cohort": 4}, 2, 4), ({}, 3, 3)],
 )
 def test_how_many_it_takes_is_the_scenarios(
-    certs: Path, section: dict[str, Any], gone: int, needed: int
+    certs: Path, tmp_path: Path, section: dict[str, Any], gone: int, needed: int
 ) -> None:
-    nodes = SecureNodes(secure_scenario(CLIENTS, **section), certs)
+    nodes = SecureNodes(secure_scenario(CLIENTS, **section), certs, tmp_path)
     nodes.gone = set(NAMES[: gone - 1])
     _require_mean(nodes, nodes.run(1), NAMES[gone - 1 :])
     nodes.gone = set(NAMES[:gone])
@@ -198,15 +198,17 @@ def test_a_vector_of_another_length_is_named_and_left_out(nodes: SecureNodes) ->
 
 def test_a_client_that_the_server_made_up_is_refused_by_all(certs: Path, tmp_path: Path) -> None:
     init_certificates(tmp_path / "others", clients=NAMES)
-    nodes = SecureNodes(secure_scenario(CLIENTS), certs)
-    stranger = SecureNodes(secure_scenario(CLIENTS), tmp_path / "others").server._certificates[NAMES[0]]
+    nodes = SecureNodes(secure_scenario(CLIENTS), certs, tmp_path)
+    stranger = SecureNodes(secure_scenario(CLIENTS), tmp_path / "others", tmp_path).server._certificates[
+        NAMES[0]
+    ]
     nodes.server._certificates[NAMES[0]] = stranger
     with pytest.raises(CohortError, match=r"client-01 says: Not issued by this side's certificate authority"):
         nodes.run()
 
 
-def test_two_clients_cannot_hide_each_other(certs: Path) -> None:
-    nodes = SecureNodes(secure_scenario(2), certs)
+def test_two_clients_cannot_hide_each_other(certs: Path, tmp_path: Path) -> None:
+    nodes = SecureNodes(secure_scenario(2), certs, tmp_path)
     with pytest.raises(FederationError, match="needs 3 clients or more, not 2"):
         nodes.run()
 
@@ -216,8 +218,8 @@ def test_a_loss_beyond_the_range_counts_as_its_end(nodes: SecureNodes) -> None:
     assert nodes.run().loss == pytest.approx(64.0)
 
 
-def test_ffa_sums_b_alone(certs: Path) -> None:
-    nodes = SecureNodes(secure_scenario(3, name="ffa"), certs)
+def test_ffa_sums_b_alone(certs: Path, tmp_path: Path) -> None:
+    nodes = SecureNodes(secure_scenario(3, name="ffa"), certs, tmp_path)
     for update in nodes.updates.values():
         del update["m.layers.0.q.lora_A.weight"]
     found = nodes.run()

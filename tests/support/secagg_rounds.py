@@ -9,7 +9,14 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from tightbeam.common.federation.secagg import FixedPoint, Plan, SecAggClient, SecAggServer, WeightedSum
+from tightbeam.common.federation.secagg import (
+    Answered,
+    FixedPoint,
+    Plan,
+    SecAggClient,
+    SecAggServer,
+    WeightedSum,
+)
 from tightbeam.common.federation.secagg.masks import ring_dtype
 
 EXCHANGES = ("keys", "shares", "masked", "consent", "unmask")
@@ -37,6 +44,7 @@ def make_plan(count: int = 5, *, size: int = 40, ring_bits: int = 64, **changes:
         "federation": "clinics",
         "round": 1,
         "model_sha256": hashlib.sha256(b"adapter").digest(),
+        "terms_sha256": hashlib.sha256(b"scenario").digest(),
         "participants": tuple(names(count)),
         "threshold": count // 2 + 1,
         "min_cohort": 2,
@@ -53,6 +61,7 @@ class Round:
     plan: Plan
     seed: int = 0
     min_cohort: int = 2
+    answered: Callable[[str], Answered] = lambda name: {}  # by a client's name
     tamper_up: Tamper = lambda exchange, client, data: data
     tamper_down: Tamper = lambda exchange, client, data: data
     clients: dict[str, SecAggClient] = field(init=False)
@@ -70,6 +79,7 @@ class Round:
                 identity_of(name),
                 self.roster,
                 min_cohort=self.min_cohort,
+                answered=self.answered(name),
                 entropy=seeded(self.seed * 1000 + number),
             )
             for number, name in enumerate(everyone)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.identity import load_identity
 from tightbeam.simulations.apps.participant import Client
-from tightbeam.simulations.apps.secure import SecureRounds, SecureSum, answer_step, masked_reply
+from tightbeam.simulations.apps.secure import SecureRounds, SecureSum, SecureTask, answer_step
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.global_adapter import to_record
 from tightbeam.simulations.grid import InProcessGrid
@@ -21,6 +21,7 @@ from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 __all__ = ["SecureNodes", "adapter", "secure_scenario"]
 
 Arrays = dict[str, NDArray[Any]]
+BACKBONE = "a fingerprint"
 
 
 def secure_scenario(clients: int, **strategy: Any) -> Scenario:
@@ -42,12 +43,14 @@ class SecureNodes:
 
     scenario: Scenario
     certs: Path
+    folder: Path
     updates: dict[str, Arrays] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     losses: dict[str, float] = field(default_factory=dict)
+    backbone: str = BACKBONE  # the fingerprint that clients find at their clouds
     gone: set[str] = field(default_factory=set)  # vanish before they send a vector
     replies: list[Message] = field(default_factory=list)  # all that the server ever got
-    start: Arrays = field(default_factory=lambda: adapter(99))
+    start: Arrays = field(default_factory=lambda: adapter(99))  # of round 1; later ones have moved
 
     def __post_init__(self) -> None:
         names = [profile.name for profile in self.scenario.profiles()]
@@ -55,10 +58,10 @@ class SecureNodes:
             self.updates.setdefault(name, adapter(number))
             self.weights.setdefault(name, number + 1)
             self.losses.setdefault(name, 1.0 + number)
-        self.settings = Settings(self.scenario, "127.0.0.1:1", self.certs, self.scenario.folder)
+        self.settings = Settings(self.scenario, "127.0.0.1:1", self.certs, self.folder)
         self.grid = InProcessGrid(self, len(names), {})
         self.ids = dict(zip(names, self.grid.get_node_ids(), strict=True))
-        self.server = SecureRounds(self.scenario)
+        self.server = SecureRounds(self.scenario, BACKBONE)
         for name in names:
             self.server.admit(name, self.ids[name], load_identity(self.certs / name).certificate_der)
 
@@ -77,22 +80,34 @@ class SecureNodes:
     def _answer(self, client: Client, context: Context, message: Message) -> bytes:
         if message.metadata.message_type == "query.secure":
             return answer_step(client, context, message.content)
-        name = client.profile.name
-        arrays = self.updates[name] if message.metadata.message_type == "train" else {}
-        return masked_reply(client, context, message.content, arrays, self.weights[name], self.losses[name])
+        name, purpose = client.profile.name, message.metadata.message_type
+        assert purpose in ("train", "evaluate")
+        arrays = self.updates[name] if purpose == "train" else {}
+        task = SecureTask.of(client, context, message.content, purpose, self.backbone)
+        return task.masked(arrays, self.weights[name], self.losses[name])
 
     def work(
-        self, number: int = 1, *, sent: Mapping[str, Arrays] | None = None, purpose: Any = "train"
+        self,
+        number: int = 1,
+        *,
+        sent: Mapping[str, Arrays] | None = None,
+        purpose: Any = "train",
+        kind: str = "",
     ) -> dict[str, Message]:
-        """Open a round and have everybody hand in a vector who is not gone; `sent` for clients apart."""
-        record = to_record(self.start)
+        """Open a round and have everybody hand in a vector who is not gone.
+
+        `sent` is for clients apart; `kind` is the messages' own, if they shall ask for something else.
+        """
+        start = {name: array + np.float32(number - 1) for name, array in self.start.items()}
+        record = to_record(start)
         self.opened = self.server.open(number, purpose, record, list(self.ids), self.grid)
         messages = []
         for name, inbox in self.opened.inboxes.items():
             if name not in self.gone:
-                arrays: ArrayRecord = to_record((sent or {}).get(name, self.start))
+                arrays: ArrayRecord = to_record((sent or {}).get(name, start))
                 records: dict[str, Any] = {"arrays": arrays, "secure": ConfigRecord({"inbox": inbox})}
-                messages.append(Message(RecordDict(records), self.ids[name], purpose))
+                records["config"] = ConfigRecord({"server-round": number})
+                messages.append(Message(RecordDict(records), self.ids[name], kind or purpose))
         replies = self.grid.send_and_receive(messages)
         return {str(reply.content.config_records["notes"]["client"]): reply for reply in replies}
 

@@ -352,6 +352,8 @@ class Scenario(Section):
         section, privacy = self.strategy, self.strategy.privacy
         if section.secure and section.name not in SECURE_STRATEGIES:
             return f"strategy.secure goes with {', '.join(SECURE_STRATEGIES)}: the others see single updates"
+        if section.secure and any(profile.options.budget.degrade for profile in self.profiles()):
+            return "strategy.secure goes without budget.degrade: the server says what a client has spent"
         if privacy is None:
             return ""
         if section.name not in ("fedit", "ffa"):

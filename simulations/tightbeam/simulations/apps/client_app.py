@@ -22,13 +22,15 @@ from flwr.clientapp import ClientApp
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.federation import LoraAdapter, parse_adapter
+from tightbeam.edge.connection import Cloud
 from tightbeam.edge.federation import Lender, LocalTask
 from tightbeam.simulations.apps.figures import backbone_facts, counted, figures_of, weight_bytes_of
 from tightbeam.simulations.apps.limits import affordable_codec, require_memory
 from tightbeam.simulations.apps.participant import Client, Leaving
 from tightbeam.simulations.apps.privacy import clipped_reply
-from tightbeam.simulations.apps.secure import answer_step, certificate_of, masked_reply, shown
+from tightbeam.simulations.apps.secure import SecureTask, answer_step, certificate_of, shown
 from tightbeam.simulations.apps.settings import Settings
+from tightbeam.simulations.apps.terms import Purpose
 from tightbeam.simulations.budgets import codec_text
 from tightbeam.simulations.global_adapter import from_record, to_record
 
@@ -127,6 +129,7 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
         raise Leaving("dropped", "It vanished, as faults.dropout asks.")
     run = f"{client.profile.name}-r{number}-{uuid.uuid4().hex[:8]}"
     with client.cloud(run) as cloud:
+        secure = _secure_task(client, context, content, "train", cloud)
         learn, held_out = client.examples(cloud, _LENDER)
         lent, task = _LENDER.lend(cloud, client.shape(), client.profile.options.codec), _task(client, number)
         require_memory(client, lent)
@@ -151,8 +154,8 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
     weight = {"tokens": work.learned_tokens, "examples": len(learn), "equal": 1}[scenario.strategy.weight]
     reply = _notes(client=client.profile.name, status="ok", run=run, codec=codec_text(codec))
     up_bytes = update.count_bytes()
-    if client.scenario.strategy.secure:
-        masked = masked_reply(client, context, content, from_record(update), weight, work.loss)
+    if secure is not None:
+        masked = secure.masked(from_record(update), weight, work.loss)
         reply.config_records["notes"]["secure"], up_bytes = masked, len(masked)
     else:
         reply.array_records["arrays"] = update
@@ -166,6 +169,7 @@ def _evaluate(client: Client, context: Context, content: RecordDict) -> RecordDi
     number = int(str(content.config_records["config"]["server-round"]))
     run = f"{client.profile.name}-e{number}-{uuid.uuid4().hex[:8]}"
     with client.cloud(run) as cloud:
+        secure = _secure_task(client, context, content, "evaluate", cloud)
         _, held_out = client.examples(cloud, _LENDER)
         options = client.profile.options
         place = client.workplace(cloud, _LENDER, options.codec, frozen=client.frozen_after(number))
@@ -181,12 +185,19 @@ def _evaluate(client: Client, context: Context, content: RecordDict) -> RecordDi
     figures = figures_of(client, content, work, 0, first, 1.0)
     reply, weight = _notes(client=client.profile.name, status="ok", run=run), work.learned_tokens
     metrics = {"weight": weight, "examples": len(held_out), **figures}
-    secure = client.scenario.strategy.secure
-    if secure:
-        masked = masked_reply(client, context, content, {}, weight, work.loss)
-        reply.config_records["notes"]["secure"] = masked
-    reply.metric_records["metrics"] = shown(metrics, secure=secure)
+    if secure is not None:
+        reply.config_records["notes"]["secure"] = secure.masked({}, weight, work.loss)
+    reply.metric_records["metrics"] = shown(metrics, secure=secure is not None)
     return reply
+
+
+def _secure_task(
+    client: Client, context: Context, content: RecordDict, purpose: Purpose, cloud: Cloud
+) -> SecureTask | None:
+    """What its cohort agreed on, where the strategy is secure; before anything is read or computed."""
+    if not client.scenario.strategy.secure:
+        return None
+    return SecureTask.of(client, context, content, purpose, cloud.card.fingerprint)
 
 
 def _received(content: RecordDict) -> tuple[dict[str, Any], LoraAdapter | None]:

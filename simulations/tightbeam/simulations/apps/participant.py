@@ -53,6 +53,13 @@ class Client:
         return self.settings.folder / "clients" / self.profile.name
 
     @property
+    def answered(self) -> Path:
+        """Which adapters it has answered in secure rounds: with its own identity, not where the run says."""
+        if own := self.node_config.get("answered"):
+            return Path(str(own))
+        return Path(str(self.node_config.get("identity", self.folder))) / "answered"
+
+    @property
     def personal(self) -> PersonalPart:
         """What it keeps to itself between rounds."""
         return PersonalPart(self.folder / "personal")

@@ -9,15 +9,14 @@ into the sum too. Of a single client the server sees what the cloud's ledger has
 operations, and what the scenario's profiles make of them.
 
 The server delivers the clients' certificates, and each client checks against its own authority who issued
-them: a server cannot make up clients. Nor can it send each client another adapter to start from, and read
-from the sum who moved where: the plan that all sign for names one.
+them: a server cannot make up clients. Nor can it ask each for something else, and read from the sum who moved
+where: see `terms`. Which adapters it has answered, a client knows from a folder of its own.
 """
 
-import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Self
 
 import numpy as np
 from cryptography import x509
@@ -29,18 +28,20 @@ from numpy.typing import NDArray
 from tightbeam.common.errors import (
     CohortError,
     FederationError,
+    IdentityError,
     IntegrityError,
     ProtocolError,
     TightbeamError,
     UsageError,
 )
-from tightbeam.common.federation.secagg import FixedPoint, Layout, Plan, SecAggClient, SecAggServer
+from tightbeam.common.federation.secagg import AnsweredFolder, Layout, Plan, SecAggClient, SecAggServer
 from tightbeam.common.federation.secagg.keys import roster_from
 from tightbeam.common.identity import Identity, load_identity
 from tightbeam.simulations.apps.combining import trained_part
 from tightbeam.simulations.apps.exchange import exchange
 from tightbeam.simulations.apps.participant import Client
 from tightbeam.simulations.apps.privacy import private_update
+from tightbeam.simulations.apps.terms import CLIP, Arrays, Purpose, plan_of, require_agreed
 from tightbeam.simulations.global_adapter import from_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.scenario import Scenario
@@ -50,14 +51,12 @@ __all__ = [
     "Purpose",
     "SecureRounds",
     "SecureSum",
+    "SecureTask",
     "answer_step",
     "certificate_of",
-    "masked_reply",
     "shown",
 ]
 
-_CLIP = 8.0  # adapters' values are far below; one beyond it is refused, not clipped
-_MAX_WEIGHT = 2**20  # examples or tokens of one client
 _LOSS, _LARGEST_LOSS = "loss", 64.0  # nats; a loss beyond it counts as it
 _STATE = "secagg"
 _HIDDEN = ("loss", "weight", "examples", "learned-tokens", "wall-s", "edge-s", "memory-bytes")
@@ -67,8 +66,6 @@ _STEPS = {
     "consent": SecAggClient.consent,
     "unmask": SecAggClient.unmask,
 }
-Arrays = Mapping[str, NDArray[Any]]
-Purpose = Literal["train", "evaluate"]
 
 
 def _identity_of(client: Client) -> Identity:
@@ -76,6 +73,7 @@ def _identity_of(client: Client) -> Identity:
 
     Raises:
         UsageError: it has none.
+        IdentityError: it is another client's.
 
     """
     own, folder = client.node_config.get("identity"), client.settings.identities
@@ -84,7 +82,14 @@ def _identity_of(client: Client) -> Identity:
             "strategy.secure needs identities: who is insecure cannot sign keys.",
             cure="Leave cloud.address out, or set cloud.identities.",
         )
-    return load_identity(Path(str(own)) if own is not None else Path(str(folder)) / client.profile.name)
+    name = client.profile.name
+    identity = load_identity(Path(str(own)) if own is not None else Path(str(folder)) / name)
+    if identity.name != name:
+        raise IdentityError(
+            f"{name} has the identity of {identity.name}.",
+            cure="Give the node its own identity, or the partition-id of that client.",
+        )
+    return identity
 
 
 def certificate_of(client: Client) -> bytes:
@@ -111,33 +116,51 @@ def answer_step(client: Client, context: Context, content: RecordDict) -> bytes:
     return reply
 
 
-def masked_reply(
-    client: Client, context: Context, content: RecordDict, arrays: Arrays, weight: int, loss: float
-) -> bytes:
-    """Hide what a client trained, and its loss, under this round's masks; `content` is what it was asked.
+@dataclass(frozen=True, slots=True)
+class SecureTask:
+    """The work that a client was asked for in a secure round, once it is what its whole cohort agreed on."""
 
-    Raises:
-        ProtocolError: the adapter to start from is not the one that the plan names.
-        UpdateRefusedError: NaN, infinity or values that the encoding cannot hold; names the tensor.
+    client: Client
+    context: Context
+    content: RecordDict
 
-    """
-    kept, inbox = context.state.config_records[_STATE], content.config_records["secure"]["inbox"]
-    assert isinstance(inbox, bytes)
-    ours = _restored(client, kept["certificates"], kept["state"])
-    if ours.plan.model_sha256 != _model_sha256(from_record(content.array_records["arrays"])):
-        raise ProtocolError(
-            f"{client.profile.name} got another adapter to start from than its plan names.",
-            cure="The server, or somebody between, treats clients differently: do not go on.",
-        )
-    privacy = client.scenario.strategy.privacy
-    if arrays and privacy is not None:
-        start = from_record(content.array_records["arrays"])
-        arrays = private_update(privacy, arrays, start, ours.plan.quorum)
-    values = _with_loss(arrays, loss)
-    flat = Layout.of(values).flatten(values, client.profile.name)
-    masked = ours.mask(inbox, flat, weight)
-    _store(context, ours, kept["certificates"])
-    return masked
+    @classmethod
+    def of(
+        cls, client: Client, context: Context, content: RecordDict, purpose: Purpose, backbone: str
+    ) -> Self:
+        """Check it, before anything is computed.
+
+        Raises:
+            ProtocolError: it is something else than the plan says.
+
+        """
+        if "secure" not in content.config_records or _STATE not in context.state.config_records:
+            raise ProtocolError(f"{client.profile.name} was asked for work outside of a secure round.")
+        kept, name = context.state.config_records[_STATE], client.profile.name
+        plan = _restored(client, kept["certificates"], kept["state"]).plan
+        require_agreed(name, plan, client.scenario, backbone, purpose, content)
+        return cls(client, context, content)
+
+    def masked(self, arrays: Arrays, weight: int, loss: float) -> bytes:
+        """Hide what the client trained, and its loss, under this round's masks.
+
+        Raises:
+            UpdateRefusedError: NaN, infinity or values that the encoding cannot hold; names the tensor.
+
+        """
+        kept = self.context.state.config_records[_STATE]
+        inbox = self.content.config_records["secure"]["inbox"]
+        assert isinstance(inbox, bytes)
+        ours = _restored(self.client, kept["certificates"], kept["state"])
+        privacy = self.client.scenario.strategy.privacy
+        if arrays and privacy is not None:
+            start = from_record(self.content.array_records["arrays"])
+            arrays = private_update(privacy, arrays, start, ours.plan.quorum)
+        values = _with_loss(arrays, loss)
+        flat = Layout.of(values).flatten(values, self.client.profile.name)
+        masked = ours.mask(inbox, flat, weight)
+        _store(self.context, ours, kept["certificates"])
+        return masked
 
 
 def shown(metrics: Mapping[str, int | float], *, secure: bool) -> MetricRecord:
@@ -147,14 +170,7 @@ def shown(metrics: Mapping[str, int | float], *, secure: bool) -> MetricRecord:
 
 def _with_loss(arrays: Arrays, loss: float) -> dict[str, NDArray[Any]]:
     """The loss as one more value, in a unit that fits the encoding."""
-    return {**arrays, _LOSS: np.array([min(loss, _LARGEST_LOSS) * _CLIP / _LARGEST_LOSS])}
-
-
-def _model_sha256(arrays: Arrays) -> bytes:
-    digest = hashlib.sha256()
-    for name in sorted(arrays):
-        digest.update(name.encode() + np.ascontiguousarray(arrays[name]).tobytes())
-    return digest.digest()
+    return {**arrays, _LOSS: np.array([min(loss, _LARGEST_LOSS) * CLIP / _LARGEST_LOSS])}
 
 
 def _restored(client: Client, certificates: object, state: object, *, anew: bool = False) -> SecAggClient:
@@ -162,8 +178,10 @@ def _restored(client: Client, certificates: object, state: object, *, anew: bool
     assert isinstance(certificates, list)
     assert isinstance(state, bytes)
     roster = roster_from([one for one in certificates if isinstance(one, bytes)], identity.trust)
-    least = client.scenario.strategy.min_cohort
-    ours = SecAggClient(client.profile.name, identity.signing_key, roster, min_cohort=least)
+    least, answered = client.scenario.strategy.min_cohort, AnsweredFolder(client.answered)
+    ours = SecAggClient(
+        client.profile.name, identity.signing_key, roster, min_cohort=least, answered=answered
+    )
     if not state:
         return ours
     return ours.restore_number(state) if anew else ours.restore(state)
@@ -187,7 +205,7 @@ class Opened:
 class SecureSum:
     """All that the server learns of a round's clients."""
 
-    mean: dict[str, NDArray[np.float32]]  # of the trained arrays, each client by its weight; none evaluating
+    mean: dict[str, NDArray[np.float64]]  # of the trained arrays, each client by its weight; none evaluating
     loss: float  # the same mean
     weight: int  # of all together
     survivors: tuple[str, ...]
@@ -196,8 +214,8 @@ class SecureSum:
 class SecureRounds:
     """The server's side, one round after the other."""
 
-    def __init__(self, scenario: Scenario) -> None:
-        self._scenario = scenario
+    def __init__(self, scenario: Scenario, backbone: str) -> None:
+        self._scenario, self._backbone = scenario, backbone
         self._node_ids: dict[str, int] = {}
         self._certificates: dict[str, bytes] = {}
         self._roster: dict[str, Ed25519PublicKey] = {}
@@ -250,7 +268,7 @@ class SecureRounds:
         except (IntegrityError, ProtocolError) as error:
             raise CohortError(f"There is no sum: {error.message}", cure=error.cure) from error
         mean = self._layout.unflatten(total.mean)
-        loss = float(mean.pop(_LOSS)[0]) * _LARGEST_LOSS / _CLIP
+        loss = float(mean.pop(_LOSS)[0]) * _LARGEST_LOSS / CLIP
         return SecureSum(mean, loss, total.weight, self._server.survivors)
 
     @property
@@ -270,16 +288,7 @@ class SecureRounds:
         arrays = from_record(sent)
         trained = trained_part(arrays, self._scenario, frozen) if purpose == "train" else {}
         self._layout = Layout.of(_with_loss(trained, 0.0))
-        return Plan(
-            federation=self._scenario.output.name,
-            round=2 * number + (purpose == "evaluate"),  # each sum has its own number, and they rise
-            model_sha256=_model_sha256(arrays),
-            participants=tuple(names),
-            threshold=max(int(len(names) * section.threshold + 1e-9), len(names) // 2 + 1),
-            min_cohort=section.min_cohort,
-            size=self._layout.size,
-            encoding=FixedPoint.fitting(_CLIP, _MAX_WEIGHT, len(names)),
-        )
+        return plan_of(self._scenario, self._backbone, purpose, number, arrays, names, self._layout.size)
 
     def _exchange(self, step: str, messages: Mapping[str, bytes]) -> None:
         """Send each client its bytes and take in what comes back; who fails has dropped out."""

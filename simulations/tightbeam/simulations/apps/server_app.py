@@ -44,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
         told = {"scenario": settings.scenario.numbers(), "backbone": roster.facts, "shaped": settings.shape}
         journal.append("experiment", **told)
     _note_sides(journal, roster)
-    strategy = FederatedLora(settings.scenario, nodes, journal)
+    strategy = FederatedLora(settings.scenario, nodes, journal, roster.facts["fingerprint"])
     final = run_rounds(strategy, grid, state, roster)
     if final.learned.modules:
         place, scale = settings.folder / "adapter", settings.scenario.adapter.scale

@@ -17,7 +17,8 @@ from tightbeam.common.federation import LoraAdapter, Update
 from tightbeam.simulations.apps.combining import Accepted, Combined, Memory, combiner_for, trained_part
 from tightbeam.simulations.apps.privacy import Accounting
 from tightbeam.simulations.apps.replies import Node, account_of, masked_of, spread, update_of
-from tightbeam.simulations.apps.secure import Purpose, SecureRounds, SecureSum
+from tightbeam.simulations.apps.secure import SecureRounds, SecureSum
+from tightbeam.simulations.apps.terms import Purpose
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, restricted, to_record
 from tightbeam.simulations.journal import Journal, Row
 from tightbeam.simulations.scenario import Scenario
@@ -32,7 +33,9 @@ _PRIVACY = "privacy/"
 class FederatedLora(Strategy):
     """One experiment's strategy; `arrays` are a `GlobalAdapter` in Flower's form."""
 
-    def __init__(self, scenario: Scenario, nodes: Iterable[Node], journal: Journal) -> None:
+    def __init__(
+        self, scenario: Scenario, nodes: Iterable[Node], journal: Journal, backbone: str = ""
+    ) -> None:
         self.scenario, self.journal = scenario, journal
         privacy = scenario.strategy.privacy
         self.accounting = None if privacy is None else Accounting(scenario, privacy)
@@ -44,7 +47,7 @@ class FederatedLora(Strategy):
         self._sent: dict[int, Message] = {}
         self._secure: SecureRounds | None = None
         if scenario.strategy.secure:
-            self._secure = SecureRounds(scenario)
+            self._secure = SecureRounds(scenario, backbone)
             self.admit(self._nodes.values())
 
     def summary(self) -> None:

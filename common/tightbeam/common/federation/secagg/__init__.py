@@ -5,6 +5,7 @@ Ed25519. Sans-IO: `SecAggClient` and `SecAggServer` take bytes and return bytes.
 what it protects, against whom, and what it does not.
 """
 
+from tightbeam.common.federation.secagg.answered import Answered, AnsweredFolder
 from tightbeam.common.federation.secagg.client import SecAggClient
 from tightbeam.common.federation.secagg.fixed_point import FixedPoint, Layout, WeightedSum
 from tightbeam.common.federation.secagg.keys import Roster, roster_from
@@ -12,6 +13,8 @@ from tightbeam.common.federation.secagg.plan import Plan
 from tightbeam.common.federation.secagg.server import SecAggServer
 
 __all__ = [
+    "Answered",
+    "AnsweredFolder",
     "FixedPoint",
     "Layout",
     "Plan",

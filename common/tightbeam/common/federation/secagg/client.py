@@ -6,6 +6,7 @@ Sans-IO: whoever carries the bytes calls the methods. What protects the client i
 else, since the server is the one to be protected from:
 
 * Each round number is used once: a replayed plan, or one already seen, is refused.
+* A model is answered for one cohort, in whatever round, run or federation it is asked: see `answered`.
 * Keys count only under a signature of the roster, for this very plan (round, model, participants).
 * No step is taken twice. So a client masks one vector, signs one set of survivors and answers one unmasking.
 * Of each peer it returns one share: of the own mask if the peer survived, else of its masking key. Which one
@@ -25,6 +26,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
 from tightbeam.common.errors import CohortError, FederationError, IdentityError, ProtocolError
+from tightbeam.common.federation.secagg.answered import Answered
 from tightbeam.common.federation.secagg.framing import fields, split
 from tightbeam.common.federation.secagg.keys import Roster, RoundSecrets, check_keys, verify
 from tightbeam.common.federation.secagg.masks import SEED_BYTES, add_mask
@@ -49,7 +51,7 @@ class SecAggClient:
     """One client over all of its rounds.
 
     `min_cohort` is this client's own policy, whatever the plan says: with fewer clients in a sum, it does not
-    take part. `last_round` is the latest round number it ever joined.
+    take part. `last_round` is the latest round number it ever joined, `answered` what it has consented to.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class SecAggClient:
         *,
         min_cohort: int = 3,
         last_round: int = -1,
+        answered: Answered | None = None,
         entropy: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self.name = name
@@ -67,6 +70,7 @@ class SecAggClient:
         self._signing_key = signing_key
         self._roster = roster
         self._min_cohort = min_cohort
+        self._answered: Answered = {} if answered is None else answered
         self._entropy = entropy
         self._forget()
 
@@ -115,6 +119,7 @@ class SecAggClient:
 
         Raises:
             FederationError: terms that this client does not accept.
+            CohortError: too small a cohort, or without some for whom the model was answered before.
             ProtocolError: an earlier round, or this one again.
 
         """
@@ -145,6 +150,8 @@ class SecAggClient:
                 f"Round {plan.round} may sum as few as {plan.min_cohort} clients.",
                 cure=f"{self.name} hides among {self._min_cohort} or more: raise the plan's min_cohort.",
             )
+        if missing := set(self._answered.get(plan.model_sha256) or ()) - set(plan.participants):
+            raise self._other_cohort(missing)
 
     def _accept_plan(self, plan: bytes) -> None:
         self._plan = Plan.from_bytes(plan)
@@ -220,12 +227,15 @@ class SecAggClient:
         """Sign the one set of clients whose sum may be unmasked; returns a `Consent`.
 
         Raises:
-            CohortError: too few clients are in it.
+            CohortError: too few clients are in it, or others than those for whom the model was answered.
             ProtocolError: it leaves this client out, or has some who dealt no shares.
 
         """
         self._expect("consent")
         self._accept_survivors(survivors)
+        names = self._survivors.names
+        if other := set(self._answered.setdefault(self._plan.model_sha256, names)) ^ set(names):
+            raise self._other_cohort(other)
         self._received.append(survivors)
         return Consent(self.name, self._signing_key.sign(self._survivors.signed(self._plan))).to_bytes()
 
@@ -270,6 +280,12 @@ class SecAggClient:
                 f"{self.name} was asked to {step}, and the next step of its round is to {due}.",
                 cure="A step is taken once: start a new round.",
             )
+
+    def _other_cohort(self, names: Collection[str]) -> CohortError:
+        return CohortError(
+            f"{self.name} answered this model for a cohort that differs by {', '.join(sorted(names))}.",
+            cure="The two sums would show what they differ by: ask the same clients, or take another seed.",
+        )
 
     def _require_quorum(self, names: Collection[str], did: str) -> None:
         self._plan.require(names, max(self._plan.quorum, self._min_cohort), did)

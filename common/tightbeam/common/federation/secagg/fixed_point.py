@@ -157,11 +157,11 @@ class Layout:
         parts = [state[name].astype(np.float64).ravel() for name, _ in self.shapes]
         return np.concatenate(parts) if parts else np.zeros(0)
 
-    def unflatten(self, vector: NDArray[np.floating[Any]]) -> dict[str, NDArray[np.float32]]:
-        """Cut a vector back into the named arrays, in float32."""
+    def unflatten(self, vector: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """Cut a vector back into the named arrays."""
         assert vector.shape == (self.size,)
         state, start = {}, 0
         for name, shape in self.shapes:
-            state[name] = vector[start : start + prod(shape)].reshape(shape).astype(np.float32)
+            state[name] = vector[start : start + prod(shape)].reshape(shape)
             start += prod(shape)
         return state

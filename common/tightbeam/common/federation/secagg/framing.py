@@ -16,7 +16,7 @@ from tightbeam.common.errors import ProtocolError
 
 __all__ = ["PROTOCOL", "Message", "digest", "fields", "join", "names_of", "split"]
 
-PROTOCOL = "tightbeam secagg/1"
+PROTOCOL = "tightbeam secagg/2"
 
 
 def fields(label: str, *values: bytes) -> bytes:

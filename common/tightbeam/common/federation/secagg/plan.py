@@ -22,7 +22,8 @@ class Plan(Message):
     kind = "plan"
     federation: str  # keeps two federations with the same clients apart
     round: int
-    model_sha256: bytes  # of the global adapter that this round starts from
+    model_sha256: bytes  # of the global adapter that this round starts from, and what is done with it
+    terms_sha256: bytes  # of everything else that shapes what a client computes
     participants: tuple[str, ...]  # sorted; who is asked
     threshold: int  # shares that recover a secret
     min_cohort: int  # fewest clients in a sum
@@ -43,8 +44,9 @@ class Plan(Message):
                 f"{self.encoding.max_clients}, is not possible.",
                 cure="The minimum is at least 2, and the encoding must have room for all clients.",
             )
-        if list(self.participants) != sorted(set(self.participants)) or len(self.model_sha256) != 32:
-            raise FederationError("A plan's participants are sorted, each once, and its digest is SHA-256.")
+        whole = len(self.model_sha256) == len(self.terms_sha256) == 32
+        if list(self.participants) != sorted(set(self.participants)) or not whole:
+            raise FederationError("A plan's participants are sorted, each once, and its digests are SHA-256.")
 
     @property
     def digest(self) -> bytes:
@@ -78,11 +80,12 @@ class Plan(Message):
         encoding = (e.clip, e.fraction_bits, e.max_weight, e.max_clients, e.ring_bits)
         names = join(name.encode() for name in self.participants)
         packed = _NUMBERS.pack(self.round, self.threshold, self.min_cohort, self.size, *encoding)
-        return [self.federation.encode(), self.model_sha256, names, packed]
+        return [self.federation.encode(), self.model_sha256, self.terms_sha256, names, packed]
 
     @classmethod
     def _parse(cls, values: list[bytes]) -> Self:
-        federation, model, names, packed = values
+        federation, model, terms, names, packed = values
         number, threshold, cohort, size, *encoding = _NUMBERS.unpack(packed)
         everyone, fixed_point = names_of(split(names)), FixedPoint(*encoding)
-        return cls(federation.decode(), number, model, everyone, threshold, cohort, size, fixed_point)
+        begin = federation.decode(), number, model, terms
+        return cls(*begin, everyone, threshold, cohort, size, fixed_point)
