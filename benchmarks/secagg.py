@@ -88,6 +88,7 @@ def one_round(clients: int, size: int, ring_bits: int) -> Rows:
         federation="benchmark",
         round=1,
         model_sha256=hashlib.sha256(b"adapter").digest(),
+        terms_sha256=hashlib.sha256(b"scenario").digest(),
         participants=tuple(names),
         threshold=2 * clients // 3 + 1,
         min_cohort=clients // 2,

@@ -14,6 +14,7 @@ from tightbeam.common.identity import load_identity
 from tightbeam.simulations.apps.participant import Client
 from tightbeam.simulations.apps.secure import SecureRounds, SecureSum, SecureTask, answer_step
 from tightbeam.simulations.apps.settings import Settings
+from tightbeam.simulations.apps.terms import Purpose
 from tightbeam.simulations.global_adapter import to_record
 from tightbeam.simulations.grid import InProcessGrid
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
@@ -80,8 +81,8 @@ class SecureNodes:
     def _answer(self, client: Client, context: Context, message: Message) -> bytes:
         if message.metadata.message_type == "query.secure":
             return answer_step(client, context, message.content)
-        name, purpose = client.profile.name, message.metadata.message_type
-        assert purpose in ("train", "evaluate")
+        name = client.profile.name
+        purpose: Purpose = "evaluate" if message.metadata.message_type == "evaluate" else "train"
         arrays = self.updates[name] if purpose == "train" else {}
         task = SecureTask.of(client, context, message.content, purpose, self.backbone)
         return task.masked(arrays, self.weights[name], self.losses[name])
