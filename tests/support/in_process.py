@@ -30,7 +30,6 @@ from tightbeam.cloud.service import BackboneService
 from tightbeam.common.backbone import Cut, CutPolicy
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.framing import wire_bytes
-from tightbeam.common.costs.prices import Prices
 from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.common.errors import (
     CloudBusyError,
@@ -69,6 +68,7 @@ class InProcessCloud:
         max_tokens_per_step: int = 4096,
         cut_policy: str = "",
         projection: ProjectionOptions | None = None,
+        prices: pb.Prices | None = None,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -88,11 +88,10 @@ class InProcessCloud:
             self.backbone,
             self.engine,
             self.ledger,
-            CloudKeys.generate(identity, self.backbone.fingerprint),
+            CloudKeys.generate(identity, self.backbone.fingerprint, prices=prices),
             identity.trust,
             tls=False,
             max_tokens_per_step=max_tokens_per_step,
-            prices=Prices(),
         )
         self.address = ""  # of `listen`
         self._server: grpc.aio.Server | None = None

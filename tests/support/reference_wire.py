@@ -117,7 +117,13 @@ def make_bundle(
 def bundle_fields(bundle: KeyBundle) -> bytes:
     not_after, fingerprint = struct.pack(">q", bundle.not_after), bundle.fingerprint.encode()
     certificate = bundle.identity_certificate
-    return fields(b"bundle", bundle.key_id, bundle.kem_public_key, not_after, certificate, fingerprint)
+    prices: list[bytes] = []
+    if bundle.HasField("prices"):
+        rates = struct.pack(">d", bundle.prices.per_gigabyte), struct.pack(">d", bundle.prices.per_petaflop)
+        prices = [bundle.prices.currency.encode(), *rates]
+    return fields(
+        b"bundle", bundle.key_id, bundle.kem_public_key, not_after, certificate, fingerprint, *prices
+    )
 
 
 def offer_of(bundle: KeyBundle, request: HandshakeRequest) -> list[bytes]:

@@ -46,7 +46,8 @@ def serve(
     taps: Annotated[int, typer.Option(help="Most taps in one step; 0 hands out none.")] = 16,
     ledger: Annotated[Path, typer.Option(help="SQLite file of who used what.")] = Path("ledger.db"),
     prices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML with what the cloud asks.")
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with what the cloud asks; else it names no prices."),
     ] = None,
 ) -> None:
     """Serve the frozen blocks of a model to edges."""
@@ -78,7 +79,7 @@ def serve(
         ledger=ledger,
         max_tokens_per_step=max_tokens_per_step,
         in_flight_bytes=in_flight_bytes,
-        prices=Prices.load(prices) if prices else Prices(),
+        prices=Prices.load(prices) if prices else None,
         projection=None
         if projection is None
         else ProjectionOptions(file=projection, text=projection_text, size=tap_size),

@@ -3,7 +3,6 @@
 from importlib.metadata import version
 
 from tightbeam.cloud.backbone import Backbone
-from tightbeam.common.costs.prices import Prices
 from tightbeam.common.wire.codecs import CODECS
 from tightbeam.common.wire.records import PROTOCOL
 from tightbeam.proto import backbone_pb2 as pb
@@ -11,8 +10,8 @@ from tightbeam.proto import backbone_pb2 as pb
 __all__ = ["make_card"]
 
 
-def make_card(backbone: Backbone, max_tokens_per_step: int, prices: Prices) -> pb.Card:
-    """Everything but the key bundle, which changes with time."""
+def make_card(backbone: Backbone, max_tokens_per_step: int) -> pb.Card:
+    """Everything but the key bundle, which changes with time, and the prices, which it signs."""
     trunk, policy = backbone.trunk, backbone.policy
     return pb.Card(
         protocol=PROTOCOL,
@@ -34,9 +33,6 @@ def make_card(backbone: Backbone, max_tokens_per_step: int, prices: Prices) -> p
             max_tokens_per_step=max_tokens_per_step,
             max_positions=trunk.config.max_position_embeddings,
         ),
-        prices=pb.Prices(
-            currency=prices.currency, per_gigabyte=prices.per_gigabyte, per_petaflop=prices.per_petaflop
-        ),
         tap_offer=pb.TapOffer(
             blocks=policy.loaded(trunk.num_blocks),
             max_taps=backbone.max_taps,
@@ -46,5 +42,6 @@ def make_card(backbone: Backbone, max_tokens_per_step: int, prices: Prices) -> p
             ],
         ),
         shared_prefixes=True,
+        device=trunk.device().type,
         blobs=[pb.Blob(name=b.name, sha256=b.sha256, num_bytes=b.num_bytes) for b in backbone.blobs],
     )

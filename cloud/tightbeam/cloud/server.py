@@ -5,7 +5,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.cloud.retention import Retention
 from tightbeam.cloud.service import BackboneService
 from tightbeam.common.backbone import MAX_TAPS, CutPolicy
-from tightbeam.common.costs.prices import Prices
+from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.devices import free_memory_bytes
 from tightbeam.common.errors import IdentityError, UsageError
 from tightbeam.common.identity import Identity, Role, ephemeral_identity, load_identity
@@ -62,7 +62,7 @@ class ServeOptions:
     ledger: Path = Path("ledger.db")
     max_tokens_per_step: int = 65536
     in_flight_bytes: int | None = None  # of steps on their way; None: a quarter of free host memory
-    prices: Prices = field(default_factory=Prices)
+    prices: PriceList | None = None  # what the cloud asks; None: it names no prices
     projection: ProjectionOptions | None = None  # taps are offered through it; None: raw only
     max_taps: int = MAX_TAPS  # in one step; 0 hands out none
 
@@ -96,12 +96,11 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
             backbone,
             engine,
             ledger,
-            CloudKeys.generate(identity, backbone.fingerprint),
+            CloudKeys.generate(identity, backbone.fingerprint, prices=_announced(options.prices)),
             identity.trust,
             tls=not options.insecure,
             max_tokens_per_step=options.max_tokens_per_step,
             in_flight_bytes=in_flight,
-            prices=options.prices,
         )
         server = grpc.aio.server(options=_OPTIONS)
         health = HealthServicer()
@@ -148,6 +147,15 @@ def _handlers(service: BackboneService) -> grpc.GenericRpcHandler:
 
 def _serialize(message: Any) -> bytes:
     return bytes(message.SerializeToString())
+
+
+def _announced(prices: PriceList | None) -> pb.Prices | None:
+    if prices is None:
+        return None
+    _log.info("asks %s", prices.text())
+    return pb.Prices(
+        currency=prices.currency, per_gigabyte=prices.per_gigabyte, per_petaflop=prices.per_petaflop
+    )
 
 
 def _identity(options: ServeOptions) -> Identity:

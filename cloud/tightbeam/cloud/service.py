@@ -18,7 +18,6 @@ from tightbeam.cloud.steps import StepRunner, receipt
 from tightbeam.cloud.stream import StepStream
 from tightbeam.cloud.tapping import TapRules
 from tightbeam.common.backbone import Cut
-from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import FingerprintError, StaleHandshakeError, TightbeamError, UsageError
 from tightbeam.common.identity import Trust
 from tightbeam.common.wire.handshake import CloudKeys
@@ -41,12 +40,11 @@ class BackboneService:
         *,
         tls: bool,
         max_tokens_per_step: int,
-        prices: Prices,
         in_flight_bytes: int = 1 << 30,
     ) -> None:
         self._backbone, self._ledger, self._tls = backbone, ledger, tls
         self._keys, self._trust = keys, trust
-        self._card = make_card(backbone, max_tokens_per_step, prices)
+        self._card = make_card(backbone, max_tokens_per_step)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
         self._runner = StepRunner(
             engine, ledger, self._pool,
@@ -66,10 +64,12 @@ class BackboneService:
             await asyncio.wait(finishing, timeout=timeout_s)
 
     async def describe(self, request: pb.DescribeRequest, context: Context) -> pb.Card:
-        """The card, with the current key bundle."""
+        """The card, with the current key bundle and the prices in it."""
         card = pb.Card()
         card.CopyFrom(self._card)
         card.key_bundle.CopyFrom(self._keys.bundle)
+        if card.key_bundle.HasField("prices"):
+            card.prices.CopyFrom(card.key_bundle.prices)
         return card
 
     async def download(

@@ -19,6 +19,7 @@ from tightbeam.common.addresses import is_loopback
 from tightbeam.common.backbone import Cut, CutPolicy
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.framing import wire_bytes
+from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.devices import choose_device, choose_dtype
 from tightbeam.common.errors import (
@@ -37,6 +38,7 @@ from tightbeam.common.wire.stepping import TENANT_KEY
 from tightbeam.edge.cache.keys import identity_secret
 from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
+from tightbeam.edge.offer import asked_by, require_same
 from tightbeam.edge.side import add_side, load_side
 from tightbeam.edge.split_model import build_split_model
 from tightbeam.edge.stepper import Stepper
@@ -147,6 +149,7 @@ class Cloud:
     ) -> None:
         self.run = run
         self.card = pb.Card()
+        self.prices: PriceList | None = None  # what the cloud asks; None where it names no prices
         self._channel, self._identity, self._tls = channel, identity, tls
         self._stub = BackboneStub(channel)
         self._on_row, self._on_retry, self._policy = on_row, on_retry, policy or RetryPolicy()
@@ -301,6 +304,7 @@ class Cloud:
                 "The card's fingerprint is not the one that the cloud's identity vouches for.",
                 cure="Do not connect: something between edge and cloud alters the traffic. Ask the operator.",
             )
+        self.prices = asked_by(self.card)
         check_card(self.card)
 
     def _open_stream(self, cut: str) -> Channel:
@@ -313,6 +317,7 @@ class Cloud:
         fingerprint = self.card.fingerprint
         try:
             card = self._stub.Describe(pb.DescribeRequest(), timeout=_CALL_S)
+            require_same(self.card, card)
             handshake = ClientHandshake(
                 card.key_bundle,
                 self._identity,

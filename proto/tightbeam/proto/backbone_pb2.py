@@ -24,59 +24,59 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etightbeam/proto/backbone.proto\x12\x0ctightbeam.v1\"\x08\n\x06Record\"\x11\n\x0f\x44\x65scribeRequest\"\xb7\x03\n\x04\x43\x61rd\x12\x10\n\x08protocol\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12+\n\ncut_policy\x18\t \x01(\x0b\x32\x17.tightbeam.v1.CutPolicy\x12\x0e\n\x06\x63odecs\x18\n \x03(\t\x12$\n\x06limits\x18\x0b \x01(\x0b\x32\x14.tightbeam.v1.Limits\x12$\n\x06prices\x18\x0c \x01(\x0b\x32\x14.tightbeam.v1.Prices\x12+\n\nkey_bundle\x18\r \x01(\x0b\x32\x17.tightbeam.v1.KeyBundle\x12!\n\x05\x62lobs\x18\x0e \x03(\x0b\x32\x12.tightbeam.v1.Blob\x12)\n\ttap_offer\x18\x0f \x01(\x0b\x32\x16.tightbeam.v1.TapOffer\x12\x17\n\x0fshared_prefixes\x18\x10 \x01(\x08\"[\n\x08TapOffer\x12\x0e\n\x06\x62locks\x18\x01 \x03(\r\x12\x10\n\x08max_taps\x18\x02 \x01(\r\x12-\n\x0bprojections\x18\x03 \x03(\x0b\x32\x18.tightbeam.v1.Projection\"*\n\nProjection\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\"U\n\tCutPolicy\x12\x12\n\nmin_bottom\x18\x01 \x01(\r\x12\x0f\n\x07min_top\x18\x02 \x01(\r\x12\x12\n\nmax_bottom\x18\x03 \x01(\r\x12\x0f\n\x07max_top\x18\x04 \x01(\r\"B\n\x06Limits\x12\x1b\n\x13max_tokens_per_step\x18\x01 \x01(\r\x12\x15\n\rmax_positions\x18\x02 \x01(\rJ\x04\x08\x03\x10\x04\"F\n\x06Prices\x12\x10\n\x08\x63urrency\x18\x01 \x01(\t\x12\x14\n\x0cper_gigabyte\x18\x02 \x01(\x01\x12\x14\n\x0cper_petaflop\x18\x03 \x01(\x01\"7\n\x04\x42lob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x1d\n\rDownloadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\x8c\x01\n\tKeyBundle\x12\x0e\n\x06key_id\x18\x01 \x01(\x0c\x12\x16\n\x0ekem_public_key\x18\x02 \x01(\x0c\x12\x11\n\tnot_after\x18\x03 \x01(\x03\x12\x1c\n\x14identity_certificate\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\"\xc0\x01\n\x10HandshakeRequest\x12\r\n\x05suite\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\x16\n\x0ekem_public_key\x18\x03 \x01(\x0c\x12\x15\n\rsealed_secret\x18\x04 \x01(\x0c\x12\x1c\n\x14identity_certificate\x18\x05 \x01(\x0c\x12\x0b\n\x03\x63ut\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12\x0b\n\x03run\x18\x08 \x01(\t\x12\x11\n\tsignature\x18\t \x01(\x0c\"Q\n\x0eHandshakeReply\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rsealed_secret\x18\x02 \x01(\x0c\x12\x14\n\x0c\x63onfirmation\x18\x03 \x01(\x0c\"G\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\xa5\x02\n\x0bStepRequest\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.tightbeam.v1.StepKind\x12\x0c\n\x04keep\x18\x03 \x01(\x08\x12\x13\n\x0breply_codec\x18\x04 \x01(\t\x12\x0f\n\x07lengths\x18\x05 \x03(\r\x12\x12\n\nrun_starts\x18\x06 \x03(\r\x12\x13\n\x0brun_lengths\x18\x07 \x03(\r\x12)\n\x07tensors\x18\x08 \x03(\x0b\x32\x18.tightbeam.v1.TensorSpec\x12\x0c\n\x04taps\x18\t \x03(\r\x12\x12\n\nprojection\x18\n \x01(\t\x12\x11\n\tprefix_of\x18\x0e \x03(\r\x12\x13\n\x0bprefix_rows\x18\x0f \x03(\rJ\x04\x08\x0b\x10\x0cJ\x04\x08\x0c\x10\rJ\x04\x08\r\x10\x0e\"\xf3\x01\n\tStepReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.tightbeam.v1.StepKind\x12)\n\x07tensors\x18\x03 \x03(\x0b\x32\x18.tightbeam.v1.TensorSpec\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\r\n\x05\x66lops\x18\x06 \x01(\x04\x12,\n\rbilled_before\x18\x07 \x01(\x0b\x32\x15.tightbeam.v1.Receipt\x12&\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x15.tightbeam.v1.Failure\"\xa3\x01\n\x07Receipt\x12\x18\n\x10payload_up_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12payload_down_bytes\x18\x02 \x01(\x04\x12\x17\n\x0fsealed_up_bytes\x18\x03 \x01(\x04\x12\x19\n\x11sealed_down_bytes\x18\x04 \x01(\x04\x12\x15\n\rwire_up_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fwire_down_bytes\x18\x06 \x01(\x04\"6\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04\x63ure\x18\x03 \x01(\t\"\x1c\n\x0cUsageRequest\x12\x0c\n\x04runs\x18\x01 \x03(\t\"2\n\nUsageReply\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.tightbeam.v1.RunUsage\"\xb8\x01\n\x08RunUsage\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x15\n\rforward_steps\x18\x02 \x01(\x04\x12\x16\n\x0e\x62\x61\x63kward_steps\x18\x03 \x01(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12$\n\x05\x62ytes\x18\x05 \x01(\x0b\x32\x15.tightbeam.v1.Receipt\x12\r\n\x05\x66lops\x18\x06 \x01(\x04\x12\x11\n\tcompute_s\x18\x07 \x01(\x01\x12\x18\n\x10reexecuted_steps\x18\x08 \x01(\x04*@\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46ORWARD\x10\x01\x12\x0c\n\x08\x42\x41\x43KWARD\x10\x02\x32\xd6\x02\n\x08\x42\x61\x63kbone\x12=\n\x08\x44\x65scribe\x12\x1d.tightbeam.v1.DescribeRequest\x1a\x12.tightbeam.v1.Card\x12H\n\x08\x44ownload\x12\x1d.tightbeam.v1.DownloadRequest\x1a\x1b.tightbeam.v1.DownloadChunk0\x01\x12I\n\tHandshake\x12\x1e.tightbeam.v1.HandshakeRequest\x1a\x1c.tightbeam.v1.HandshakeReply\x12\x37\n\x05Steps\x12\x14.tightbeam.v1.Record\x1a\x14.tightbeam.v1.Record(\x01\x30\x01\x12=\n\x05Usage\x12\x1a.tightbeam.v1.UsageRequest\x1a\x18.tightbeam.v1.UsageReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1etightbeam/proto/backbone.proto\x12\x0ctightbeam.v1\"\x08\n\x06Record\"\x11\n\x0f\x44\x65scribeRequest\"\xc7\x03\n\x04\x43\x61rd\x12\x10\n\x08protocol\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x13\n\x0b\x63onfig_json\x18\x04 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x05 \x01(\t\x12\r\n\x05\x64type\x18\x06 \x01(\t\x12\x12\n\nnum_blocks\x18\x07 \x01(\r\x12\x13\n\x0bhidden_size\x18\x08 \x01(\r\x12+\n\ncut_policy\x18\t \x01(\x0b\x32\x17.tightbeam.v1.CutPolicy\x12\x0e\n\x06\x63odecs\x18\n \x03(\t\x12$\n\x06limits\x18\x0b \x01(\x0b\x32\x14.tightbeam.v1.Limits\x12$\n\x06prices\x18\x0c \x01(\x0b\x32\x14.tightbeam.v1.Prices\x12+\n\nkey_bundle\x18\r \x01(\x0b\x32\x17.tightbeam.v1.KeyBundle\x12!\n\x05\x62lobs\x18\x0e \x03(\x0b\x32\x12.tightbeam.v1.Blob\x12)\n\ttap_offer\x18\x0f \x01(\x0b\x32\x16.tightbeam.v1.TapOffer\x12\x17\n\x0fshared_prefixes\x18\x10 \x01(\x08\x12\x0e\n\x06\x64\x65vice\x18\x11 \x01(\t\"[\n\x08TapOffer\x12\x0e\n\x06\x62locks\x18\x01 \x03(\r\x12\x10\n\x08max_taps\x18\x02 \x01(\r\x12-\n\x0bprojections\x18\x03 \x03(\x0b\x32\x18.tightbeam.v1.Projection\"*\n\nProjection\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0c\n\x04size\x18\x02 \x01(\r\"U\n\tCutPolicy\x12\x12\n\nmin_bottom\x18\x01 \x01(\r\x12\x0f\n\x07min_top\x18\x02 \x01(\r\x12\x12\n\nmax_bottom\x18\x03 \x01(\r\x12\x0f\n\x07max_top\x18\x04 \x01(\r\"B\n\x06Limits\x12\x1b\n\x13max_tokens_per_step\x18\x01 \x01(\r\x12\x15\n\rmax_positions\x18\x02 \x01(\rJ\x04\x08\x03\x10\x04\"F\n\x06Prices\x12\x10\n\x08\x63urrency\x18\x01 \x01(\t\x12\x14\n\x0cper_gigabyte\x18\x02 \x01(\x01\x12\x14\n\x0cper_petaflop\x18\x03 \x01(\x01\"7\n\x04\x42lob\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06sha256\x18\x02 \x01(\t\x12\x11\n\tnum_bytes\x18\x03 \x01(\x04\"1\n\x0f\x44ownloadRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x1d\n\rDownloadChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\"\xb2\x01\n\tKeyBundle\x12\x0e\n\x06key_id\x18\x01 \x01(\x0c\x12\x16\n\x0ekem_public_key\x18\x02 \x01(\x0c\x12\x11\n\tnot_after\x18\x03 \x01(\x03\x12\x1c\n\x14identity_certificate\x18\x04 \x01(\x0c\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x12\x13\n\x0b\x66ingerprint\x18\x06 \x01(\t\x12$\n\x06prices\x18\x07 \x01(\x0b\x32\x14.tightbeam.v1.Prices\"\xc0\x01\n\x10HandshakeRequest\x12\r\n\x05suite\x18\x01 \x01(\t\x12\x0e\n\x06key_id\x18\x02 \x01(\x0c\x12\x16\n\x0ekem_public_key\x18\x03 \x01(\x0c\x12\x15\n\rsealed_secret\x18\x04 \x01(\x0c\x12\x1c\n\x14identity_certificate\x18\x05 \x01(\x0c\x12\x0b\n\x03\x63ut\x18\x06 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x07 \x01(\t\x12\x0b\n\x03run\x18\x08 \x01(\t\x12\x11\n\tsignature\x18\t \x01(\x0c\"Q\n\x0eHandshakeReply\x12\x12\n\nsession_id\x18\x01 \x01(\x0c\x12\x15\n\rsealed_secret\x18\x02 \x01(\x0c\x12\x14\n\x0c\x63onfirmation\x18\x03 \x01(\x0c\"G\n\nTensorSpec\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x04\x12\r\n\x05\x64type\x18\x04 \x01(\t\"\xa5\x02\n\x0bStepRequest\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.tightbeam.v1.StepKind\x12\x0c\n\x04keep\x18\x03 \x01(\x08\x12\x13\n\x0breply_codec\x18\x04 \x01(\t\x12\x0f\n\x07lengths\x18\x05 \x03(\r\x12\x12\n\nrun_starts\x18\x06 \x03(\r\x12\x13\n\x0brun_lengths\x18\x07 \x03(\r\x12)\n\x07tensors\x18\x08 \x03(\x0b\x32\x18.tightbeam.v1.TensorSpec\x12\x0c\n\x04taps\x18\t \x03(\r\x12\x12\n\nprojection\x18\n \x01(\t\x12\x11\n\tprefix_of\x18\x0e \x03(\r\x12\x13\n\x0bprefix_rows\x18\x0f \x03(\rJ\x04\x08\x0b\x10\x0cJ\x04\x08\x0c\x10\rJ\x04\x08\r\x10\x0e\"\xf3\x01\n\tStepReply\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12$\n\x04kind\x18\x02 \x01(\x0e\x32\x16.tightbeam.v1.StepKind\x12)\n\x07tensors\x18\x03 \x03(\x0b\x32\x18.tightbeam.v1.TensorSpec\x12\x0f\n\x07queue_s\x18\x04 \x01(\x01\x12\x11\n\tcompute_s\x18\x05 \x01(\x01\x12\r\n\x05\x66lops\x18\x06 \x01(\x04\x12,\n\rbilled_before\x18\x07 \x01(\x0b\x32\x15.tightbeam.v1.Receipt\x12&\n\x07\x66\x61ilure\x18\x08 \x01(\x0b\x32\x15.tightbeam.v1.Failure\"\xa3\x01\n\x07Receipt\x12\x18\n\x10payload_up_bytes\x18\x01 \x01(\x04\x12\x1a\n\x12payload_down_bytes\x18\x02 \x01(\x04\x12\x17\n\x0fsealed_up_bytes\x18\x03 \x01(\x04\x12\x19\n\x11sealed_down_bytes\x18\x04 \x01(\x04\x12\x15\n\rwire_up_bytes\x18\x05 \x01(\x04\x12\x17\n\x0fwire_down_bytes\x18\x06 \x01(\x04\"6\n\x07\x46\x61ilure\x12\x0c\n\x04\x63ode\x18\x01 \x01(\t\x12\x0f\n\x07message\x18\x02 \x01(\t\x12\x0c\n\x04\x63ure\x18\x03 \x01(\t\"\x1c\n\x0cUsageRequest\x12\x0c\n\x04runs\x18\x01 \x03(\t\"2\n\nUsageReply\x12$\n\x04runs\x18\x01 \x03(\x0b\x32\x16.tightbeam.v1.RunUsage\"\xb8\x01\n\x08RunUsage\x12\x0b\n\x03run\x18\x01 \x01(\t\x12\x15\n\rforward_steps\x18\x02 \x01(\x04\x12\x16\n\x0e\x62\x61\x63kward_steps\x18\x03 \x01(\x04\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12$\n\x05\x62ytes\x18\x05 \x01(\x0b\x32\x15.tightbeam.v1.Receipt\x12\r\n\x05\x66lops\x18\x06 \x01(\x04\x12\x11\n\tcompute_s\x18\x07 \x01(\x01\x12\x18\n\x10reexecuted_steps\x18\x08 \x01(\x04*@\n\x08StepKind\x12\x19\n\x15STEP_KIND_UNSPECIFIED\x10\x00\x12\x0b\n\x07\x46ORWARD\x10\x01\x12\x0c\n\x08\x42\x41\x43KWARD\x10\x02\x32\xd6\x02\n\x08\x42\x61\x63kbone\x12=\n\x08\x44\x65scribe\x12\x1d.tightbeam.v1.DescribeRequest\x1a\x12.tightbeam.v1.Card\x12H\n\x08\x44ownload\x12\x1d.tightbeam.v1.DownloadRequest\x1a\x1b.tightbeam.v1.DownloadChunk0\x01\x12I\n\tHandshake\x12\x1e.tightbeam.v1.HandshakeRequest\x1a\x1c.tightbeam.v1.HandshakeReply\x12\x37\n\x05Steps\x12\x14.tightbeam.v1.Record\x1a\x14.tightbeam.v1.Record(\x01\x30\x01\x12=\n\x05Usage\x12\x1a.tightbeam.v1.UsageRequest\x1a\x18.tightbeam.v1.UsageReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'tightbeam.proto.backbone_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_STEPKIND']._serialized_start=2549
-  _globals['_STEPKIND']._serialized_end=2613
+  _globals['_STEPKIND']._serialized_start=2603
+  _globals['_STEPKIND']._serialized_end=2667
   _globals['_RECORD']._serialized_start=48
   _globals['_RECORD']._serialized_end=56
   _globals['_DESCRIBEREQUEST']._serialized_start=58
   _globals['_DESCRIBEREQUEST']._serialized_end=75
   _globals['_CARD']._serialized_start=78
-  _globals['_CARD']._serialized_end=517
-  _globals['_TAPOFFER']._serialized_start=519
-  _globals['_TAPOFFER']._serialized_end=610
-  _globals['_PROJECTION']._serialized_start=612
-  _globals['_PROJECTION']._serialized_end=654
-  _globals['_CUTPOLICY']._serialized_start=656
-  _globals['_CUTPOLICY']._serialized_end=741
-  _globals['_LIMITS']._serialized_start=743
-  _globals['_LIMITS']._serialized_end=809
-  _globals['_PRICES']._serialized_start=811
-  _globals['_PRICES']._serialized_end=881
-  _globals['_BLOB']._serialized_start=883
-  _globals['_BLOB']._serialized_end=938
-  _globals['_DOWNLOADREQUEST']._serialized_start=940
-  _globals['_DOWNLOADREQUEST']._serialized_end=989
-  _globals['_DOWNLOADCHUNK']._serialized_start=991
-  _globals['_DOWNLOADCHUNK']._serialized_end=1020
-  _globals['_KEYBUNDLE']._serialized_start=1023
-  _globals['_KEYBUNDLE']._serialized_end=1163
-  _globals['_HANDSHAKEREQUEST']._serialized_start=1166
-  _globals['_HANDSHAKEREQUEST']._serialized_end=1358
-  _globals['_HANDSHAKEREPLY']._serialized_start=1360
-  _globals['_HANDSHAKEREPLY']._serialized_end=1441
-  _globals['_TENSORSPEC']._serialized_start=1443
-  _globals['_TENSORSPEC']._serialized_end=1514
-  _globals['_STEPREQUEST']._serialized_start=1517
-  _globals['_STEPREQUEST']._serialized_end=1810
-  _globals['_STEPREPLY']._serialized_start=1813
-  _globals['_STEPREPLY']._serialized_end=2056
-  _globals['_RECEIPT']._serialized_start=2059
-  _globals['_RECEIPT']._serialized_end=2222
-  _globals['_FAILURE']._serialized_start=2224
-  _globals['_FAILURE']._serialized_end=2278
-  _globals['_USAGEREQUEST']._serialized_start=2280
-  _globals['_USAGEREQUEST']._serialized_end=2308
-  _globals['_USAGEREPLY']._serialized_start=2310
-  _globals['_USAGEREPLY']._serialized_end=2360
-  _globals['_RUNUSAGE']._serialized_start=2363
-  _globals['_RUNUSAGE']._serialized_end=2547
-  _globals['_BACKBONE']._serialized_start=2616
-  _globals['_BACKBONE']._serialized_end=2958
+  _globals['_CARD']._serialized_end=533
+  _globals['_TAPOFFER']._serialized_start=535
+  _globals['_TAPOFFER']._serialized_end=626
+  _globals['_PROJECTION']._serialized_start=628
+  _globals['_PROJECTION']._serialized_end=670
+  _globals['_CUTPOLICY']._serialized_start=672
+  _globals['_CUTPOLICY']._serialized_end=757
+  _globals['_LIMITS']._serialized_start=759
+  _globals['_LIMITS']._serialized_end=825
+  _globals['_PRICES']._serialized_start=827
+  _globals['_PRICES']._serialized_end=897
+  _globals['_BLOB']._serialized_start=899
+  _globals['_BLOB']._serialized_end=954
+  _globals['_DOWNLOADREQUEST']._serialized_start=956
+  _globals['_DOWNLOADREQUEST']._serialized_end=1005
+  _globals['_DOWNLOADCHUNK']._serialized_start=1007
+  _globals['_DOWNLOADCHUNK']._serialized_end=1036
+  _globals['_KEYBUNDLE']._serialized_start=1039
+  _globals['_KEYBUNDLE']._serialized_end=1217
+  _globals['_HANDSHAKEREQUEST']._serialized_start=1220
+  _globals['_HANDSHAKEREQUEST']._serialized_end=1412
+  _globals['_HANDSHAKEREPLY']._serialized_start=1414
+  _globals['_HANDSHAKEREPLY']._serialized_end=1495
+  _globals['_TENSORSPEC']._serialized_start=1497
+  _globals['_TENSORSPEC']._serialized_end=1568
+  _globals['_STEPREQUEST']._serialized_start=1571
+  _globals['_STEPREQUEST']._serialized_end=1864
+  _globals['_STEPREPLY']._serialized_start=1867
+  _globals['_STEPREPLY']._serialized_end=2110
+  _globals['_RECEIPT']._serialized_start=2113
+  _globals['_RECEIPT']._serialized_end=2276
+  _globals['_FAILURE']._serialized_start=2278
+  _globals['_FAILURE']._serialized_end=2332
+  _globals['_USAGEREQUEST']._serialized_start=2334
+  _globals['_USAGEREQUEST']._serialized_end=2362
+  _globals['_USAGEREPLY']._serialized_start=2364
+  _globals['_USAGEREPLY']._serialized_end=2414
+  _globals['_RUNUSAGE']._serialized_start=2417
+  _globals['_RUNUSAGE']._serialized_end=2601
+  _globals['_BACKBONE']._serialized_start=2670
+  _globals['_BACKBONE']._serialized_end=3012
 # @@protoc_insertion_point(module_scope)

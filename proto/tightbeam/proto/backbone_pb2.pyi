@@ -86,6 +86,7 @@ class Card(_message.Message):
     BLOBS_FIELD_NUMBER: _builtins.int
     TAP_OFFER_FIELD_NUMBER: _builtins.int
     SHARED_PREFIXES_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
     protocol: _builtins.str
     """"tightbeam/1" """
     version: _builtins.str
@@ -102,6 +103,8 @@ class Card(_message.Message):
     hidden_size: _builtins.int
     shared_prefixes: _builtins.bool
     """a forward may leave out rows that its sequences have in common"""
+    device: _builtins.str
+    """kind that the trunk computes on: "cpu", "cuda", "mps" """
     @_builtins.property
     def cut_policy(self) -> Global___CutPolicy: ...
     @_builtins.property
@@ -111,7 +114,9 @@ class Card(_message.Message):
     @_builtins.property
     def limits(self) -> Global___Limits: ...
     @_builtins.property
-    def prices(self) -> Global___Prices: ...
+    def prices(self) -> Global___Prices:
+        """what the cloud asks; left out by one that names no prices"""
+
     @_builtins.property
     def key_bundle(self) -> Global___KeyBundle: ...
     @_builtins.property
@@ -141,10 +146,11 @@ class Card(_message.Message):
         blobs: _abc.Iterable[Global___Blob] | None = ...,
         tap_offer: Global___TapOffer | None = ...,
         shared_prefixes: _builtins.bool = ...,
+        device: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["cut_policy", b"cut_policy", "key_bundle", b"key_bundle", "limits", b"limits", "prices", b"prices", "tap_offer", b"tap_offer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "codecs", b"codecs", "config_json", b"config_json", "cut_policy", b"cut_policy", "dtype", b"dtype", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "key_bundle", b"key_bundle", "limits", b"limits", "model", b"model", "num_blocks", b"num_blocks", "prices", b"prices", "protocol", b"protocol", "shared_prefixes", b"shared_prefixes", "tap_offer", b"tap_offer", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blobs", b"blobs", "codecs", b"codecs", "config_json", b"config_json", "cut_policy", b"cut_policy", "device", b"device", "dtype", b"dtype", "fingerprint", b"fingerprint", "hidden_size", b"hidden_size", "key_bundle", b"key_bundle", "limits", b"limits", "model", b"model", "num_blocks", b"num_blocks", "prices", b"prices", "protocol", b"protocol", "shared_prefixes", b"shared_prefixes", "tap_offer", b"tap_offer", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -364,6 +370,7 @@ class KeyBundle(_message.Message):
     IDENTITY_CERTIFICATE_FIELD_NUMBER: _builtins.int
     SIGNATURE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PRICES_FIELD_NUMBER: _builtins.int
     key_id: _builtins.bytes
     kem_public_key: _builtins.bytes
     """ML-KEM-768 + X25519 (X-Wing)"""
@@ -374,6 +381,10 @@ class KeyBundle(_message.Message):
     signature: _builtins.bytes
     fingerprint: _builtins.str
     """of the backbone that the cloud's identity vouches for; as in the card"""
+    @_builtins.property
+    def prices(self) -> Global___Prices:
+        """that it vouches for; as in the card"""
+
     def __init__(
         self,
         *,
@@ -383,10 +394,11 @@ class KeyBundle(_message.Message):
         identity_certificate: _builtins.bytes = ...,
         signature: _builtins.bytes = ...,
         fingerprint: _builtins.str = ...,
+        prices: Global___Prices | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["prices", b"prices"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "identity_certificate", b"identity_certificate", "kem_public_key", b"kem_public_key", "key_id", b"key_id", "not_after", b"not_after", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "identity_certificate", b"identity_certificate", "kem_public_key", b"kem_public_key", "key_id", b"key_id", "not_after", b"not_after", "prices", b"prices", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

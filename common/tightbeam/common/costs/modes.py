@@ -6,7 +6,7 @@ gradients up and down) and 2d in every evaluation; `top` 2d once ever, then its 
 steps and evaluations say how many tokens `ushape` would have moved.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tightbeam.common.costs.prices import Prices
@@ -122,14 +122,19 @@ class _Job:
         return self.forward_flops / self.passes + self.evaluation_flops / self.num_evals
 
 
-def mode_costs(
-    edges: list[Edge], passes: Mapping[str, float], wire_ratio: float, prices: Prices
-) -> list[ModeCost]:
-    """Compare the measured mode with the others; empty when an edge has no prediction or nothing crossed.
+def mode_costs(edges: list[Edge], passes: Mapping[str, float], prices: Prices) -> list[ModeCost]:
+    """Compare what ran with the other modes; edges that ran in different modes each with their own kind.
 
-    `passes` says, by edge name, how often each training example was seen; `wire_ratio` is wire over payload
-    bytes.
+    `passes` says, by edge name, how often each training example was seen. Without a prediction, or where
+    nothing crossed, there is nothing to compare.
     """
+    by_mode: dict[str, list[Edge]] = {}
+    for edge in edges:
+        by_mode.setdefault(_ran(edge), []).append(edge)
+    return [cost for ran, group in by_mode.items() for cost in _group_costs(ran, group, passes, prices)]
+
+
+def _group_costs(ran: str, edges: list[Edge], passes: Mapping[str, float], prices: Prices) -> list[ModeCost]:
     if any(edge.prediction is None or edge.hidden_size is None for edge in edges):
         return []
     jobs = [_job(edge, passes[edge.name]) for edge in edges]
@@ -137,19 +142,24 @@ def mode_costs(
     measured_flops = sum(sum(edge.cloud_flops.values()) for edge in edges)
     if not measured:
         return []
+    steps = [edge.traffic[kind] for edge in edges for kind in edge.cloud_flops if kind in edge.traffic]
+    wire_ratio = sum(step.wire_total_bytes for step in steps) / measured
+    names = [edge.name for edge in edges]
+    kept, whole = _sum(edge.weight_bytes for edge in edges), _sum(edge.model_bytes for edge in edges)
 
     def cost(mode: str, payload: float, flops: float, rule: str, *, is_measured: bool = False) -> ModeCost:
         wire = round(payload * wire_ratio)
         return ModeCost(
+            edges=names,
             mode=mode,
             measured=is_measured,
             payload_bytes=round(payload),
             cloud_flops=round(flops),
             cloud_bill=prices.bill(wire_bytes=wire, cloud_flops=round(flops), edge_joules=0).total,
+            download_bytes=whole if mode == "local" else kept,
             rule=rule,
         )
 
-    ran = _ran(edges[0])
     ushape = sum(job.every_step for job in jobs)
     ushape_flops = sum(2 * job.forward_flops + job.evaluation_flops for job in jobs)
     top = sum(job.rows_once * job.row.forward for job in jobs)
@@ -159,13 +169,20 @@ def mode_costs(
         cost("ushape", ushape, ushape_flops, f"{_RULES['ushape']}; a backward taken as one forward's work"),
         cost("top", top, flops_once, _RULES["top"]),
         cost("side", top + taps, flops_once, f"2d and {NUM_TAPS} taps of d/16 per token; {_ONCE}"),
-        cost("local", 0, 0, "nothing crosses; the edge holds and computes every block"),
+        cost(
+            "local", 0, 0, "no step crosses; the edge holds and computes every block, by its own electricity"
+        ),
     ]
     mode = ran.partition(",")[0]
     return [
         cost(mode, measured, measured_flops, _RULES[ran], is_measured=True),
         *(other for other in others if other.mode != mode),
     ]
+
+
+def _sum(sizes: Iterable[int | None]) -> int | None:
+    known = list(sizes)
+    return None if None in known else sum(size for size in known if size is not None)
 
 
 def _ran(edge: Edge) -> str:

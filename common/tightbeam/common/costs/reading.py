@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from tightbeam.common.costs.meter import read_ledger
+from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import DataError, reason
 
@@ -37,6 +38,10 @@ class RunRow(_Row):
     num_blocks: int | None = None
     num_taps: int = 0
     tap_size: int | None = None  # elements; unknown in ledgers of mode side without it
+    prices: PriceList | None = None  # as the cloud's identity signed them; None where it named none
+    cloud_device: str = ""  # kind: "cpu", "cuda"
+    weight_bytes: int | None = None  # of the blocks of this cut, as the cloud sends them
+    model_bytes: int | None = None  # of all blocks
 
     def codecs(self) -> dict[str, str]:
         """Codec by tensor: activations and gradients, up and down; "auto" by what it stands for."""
@@ -71,6 +76,7 @@ class TransferRow(_Row):
 
     kind: str
     name: str
+    run: str = ""  # the start that it belongs to
     wire_up_bytes: int
     wire_down_bytes: int
     seconds: float
@@ -138,7 +144,8 @@ def _file(records: RunRecords, row: dict[str, Any]) -> None:
         case "eval":
             records.evals.append(EvalRow.model_validate(row))
         case "transfer":
-            records.transfers.append(TransferRow.model_validate(row))
+            run = records.runs[-1].run if records.runs else ""
+            records.transfers.append(TransferRow.model_validate({"run": run, **row}))
         case "run":
             records.runs.append(RunRow.model_validate(row))
         case other:

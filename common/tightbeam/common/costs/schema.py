@@ -10,7 +10,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from tightbeam.common.costs.prices import Bill, Energy, Prices
 from tightbeam.common.costs.rows import StepBytes
 
-__all__ = ["KINDS", "SCHEMA", "Costs", "Edge", "ModeCost", "Prediction", "Seconds", "TimeBin", "Total"]
+__all__ = [
+    "KINDS",
+    "SCHEMA",
+    "BillLine",
+    "Costs",
+    "Edge",
+    "ModeCost",
+    "Prediction",
+    "Scope",
+    "Seconds",
+    "TimeBin",
+    "Total",
+]
 
 SCHEMA: Final = "tightbeam.costs/1"
 
@@ -59,6 +71,31 @@ class Prediction(_Model):
     measured_payload_bytes: int
 
 
+class BillLine(_Model):
+    """One price on what some part of the runs used."""
+
+    part: str
+    """"training", "evaluation", "download" or "electricity"; a step that fills a cache counts for what waited
+    for it."""
+    unit: str
+    """"bytes" on the wire, "flops" of the cloud, or "joules" at the edge."""
+    used: float
+    rate: float
+    """Per gigabyte, petaflop or kilowatt-hour."""
+    currency: str
+    source: str
+    """Whose price that is: "your price table", "the cloud's price list" or "assumed"."""
+    money: float
+
+
+class Scope(_Model):
+    """What one part of the runs used of the cloud, all edges together."""
+
+    wire_bytes: int
+    cloud_flops: int
+    money: float
+
+
 class Edge(_Model):
     """One edge: one run folder."""
 
@@ -72,7 +109,13 @@ class Edge(_Model):
     codecs: dict[str, str]
     hidden_size: int | None
     device: str
+    cloud_device: str = ""
+    """Kind that the cloud says it computes on; empty where it did not say."""
     platform: str
+    weight_bytes: int | None = None
+    """Of the blocks of this cut, as the cloud sends them; None where the ledger does not say."""
+    model_bytes: int | None = None
+    """Of all blocks."""
     optimizer_steps: int
     step_counts: dict[str, int]
     """Billed steps by kind: forward, backward, evaluation; fill, if there was any."""
@@ -107,6 +150,8 @@ class Edge(_Model):
     timeline: list[TimeBin]
     prediction: Prediction | None
     """None when the ledger does not say the model's hidden size."""
+    energy: Energy
+    bill: list[BillLine]
 
     @property
     def crossed_tokens(self) -> int:
@@ -134,17 +179,25 @@ class Total(_Model):
     cloud_compute_s: float
     energy: Energy
     bill: Bill
+    training: Scope
+    evaluation: Scope
+    download: Scope
+    """Weights and tokenizer, fetched once and kept for later runs; no operations."""
 
 
 class ModeCost(_Model):
     """What the same job costs in one mode."""
 
+    edges: list[str] = Field(default_factory=list)
+    """Whose job it is: edges that ran in the same mode."""
     mode: str
     measured: bool
     payload_bytes: int
     cloud_flops: int
     cloud_bill: float
-    """Traffic and cloud compute, in the currency of `prices`."""
+    """Traffic of steps and cloud compute, in the currency of `prices`; no download and no electricity."""
+    download_bytes: int | None = None
+    """Of the weights that stay at the edge in this mode; None where the ledger does not say."""
     rule: str
     """The formula in words, with its assumptions."""
 
@@ -156,7 +209,12 @@ class Costs(_Model):
     edges: list[Edge]
     total: Total
     modes: list[ModeCost]
+    bill: list[BillLine] = Field(default_factory=list)
+    """Of all edges together; `total.bill` is its sum."""
     prices: Prices
+    """Of the newest start."""
+    price_sources: dict[str, str] = Field(default_factory=dict)
+    """By field of `prices`, as `source` of a line of the bill."""
 
     def to_json(self) -> str:
         """Text of `costs.json`."""

@@ -8,13 +8,14 @@ stood waiting for one, split as that step's own network, queue and compute. Neit
 more than the wall leaves: a checkpoint, beside any optimizer step, takes in fills as well.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from tightbeam.common.costs import billing
 from tightbeam.common.costs.modes import TokenBytes, mode_costs, predict
-from tightbeam.common.costs.prices import Prices
+from tightbeam.common.costs.prices import Energy, Prices, Tariff
 from tightbeam.common.costs.reading import RunRecords, read_run
 from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.common.costs.schema import Costs, Edge, Prediction, Seconds, TimeBin, Total
@@ -36,11 +37,14 @@ _WAITS = {
 def summarise(run_folders: Sequence[str | Path], prices: Prices | None = None) -> Costs:
     """Sum up one or several run folders; several are the edges of one experiment.
 
+    What `prices` leaves out is what the cloud asked for, or else assumed.
+
     Raises:
-        DataError: a folder is missing, is no run folder, holds no step yet, or is given twice.
+        DataError: a folder is missing, is no run folder, holds no step yet, or is given twice; or the clouds
+            asked in several currencies.
+        UsageError: `prices` has another currency than the cloud, and not all that it asked for.
 
     """
-    prices = prices or Prices()
     if not run_folders:
         raise DataError("No run folder was given.", cure="Name at least one, such as runs/demo.")
     paths = [Path(folder).resolve() for folder in run_folders]
@@ -49,16 +53,32 @@ def summarise(run_folders: Sequence[str | Path], prices: Prices | None = None) -
     records = [read_run(folder) for folder in run_folders]
     names = _names(paths)
     grid = _Grid.over(records)
-    edges = [_edge(record, name, grid) for record, name in zip(records, names, strict=True)]
+    edges = [_edge(record, name, grid, prices) for record, name in zip(records, names, strict=True)]
     passes = {edge.name: _passes(record.config) for edge, record in zip(edges, records, strict=True)}
-    total = _total(edges, prices)
-    wire_ratio = total.step_wire_bytes / max(total.step_payload_bytes, 1)
-    return Costs(edges=edges, total=total, modes=mode_costs(edges, passes, wire_ratio, prices), prices=prices)
+    newest = max((record.runs[-1] for record in records), key=lambda start: start.time_unix_s)
+    tariff = Tariff.of(newest.prices, prices)
+    return Costs(
+        edges=edges,
+        total=_total(edges),
+        modes=mode_costs(edges, passes, tariff.prices),
+        bill=billing.merged(line for edge in edges for line in edge.bill),
+        prices=tariff.prices,
+        price_sources=dict(tariff.sources),
+    )
 
 
-def _edge(record: RunRecords, name: str, grid: "_Grid") -> Edge:
-    last = record.runs[-1]
+def _edge(record: RunRecords, name: str, grid: "_Grid", table: Prices | None) -> Edge:
+    last, device = record.runs[-1], str(record.env.get("device", "unknown"))
     billed, kinds = _billed(record.steps)
+    evaluates = _in_evaluation(record, kinds)
+    seconds = _seconds(record, evaluates)
+    cloud_compute_s = sum(row.cloud_compute_s for row in record.steps)
+    energy = Tariff.of(last.prices, table).prices.energy(
+        edge_s=seconds.wall + seconds.evaluation,
+        cloud_compute_s=cloud_compute_s,
+        edge_device=device,
+        cloud_device=last.cloud_device,
+    )
     by_kind = {
         kind: [row for row in billed if kinds[row.run, row.step, row.kind] == kind] for kind in _STEP_KINDS
     }
@@ -82,8 +102,11 @@ def _edge(record: RunRecords, name: str, grid: "_Grid") -> Edge:
         dtype=last.dtype,
         codecs=last.codecs(),
         hidden_size=last.hidden_size,
-        device=str(record.env.get("device", "unknown")),
+        device=device,
+        cloud_device=last.cloud_device,
         platform=str(record.env.get("platform", "unknown")),
+        weight_bytes=last.weight_bytes,
+        model_bytes=last.model_bytes,
         optimizer_steps=len(optimizer_rows),
         step_counts={kind: len(rows) for kind, rows in by_kind.items()},
         retried_steps=sum(row.attempts > 1 for row in record.steps) + len(record.steps) - len(billed),
@@ -98,13 +121,15 @@ def _edge(record: RunRecords, name: str, grid: "_Grid") -> Edge:
         resent_bytes=sum(row.resent_bytes for row in record.steps),
         edge_flops=sum(row.edge_flops for row in record.optimizer_steps),
         cloud_flops={kind: sum(row.cloud_flops for row in rows) for kind, rows in by_kind.items()},
-        seconds=_seconds(record, kinds),
-        cloud_compute_s=sum(row.cloud_compute_s for row in record.steps),
+        seconds=seconds,
+        cloud_compute_s=cloud_compute_s,
         peak_memory_bytes=max((row.peak_memory_bytes for row in record.optimizer_steps), default=0),
         train_loss=[(n, row.loss) for n, row in optimizer_rows.items()],
         eval_loss=list({row.n: (row.n, row.loss) for row in record.evals}.values()),
         timeline=grid.timeline(record),
         prediction=_prediction(record, by_kind),
+        energy=energy,
+        bill=billing.lines_of(record, billed, evaluates, energy, table),
     )
 
 
@@ -126,13 +151,18 @@ def _billed(steps: Iterable[StepRow]) -> tuple[list[StepRow], dict[tuple[str, in
     return list(first.values()), {key: kind_of(row) for key, row in first.items()}
 
 
-def _seconds(record: RunRecords, kinds: dict[tuple[str, int, str], str]) -> Seconds:
+def _in_evaluation(record: RunRecords, kinds: dict[tuple[str, int, str], str]) -> Callable[[StepRow], bool]:
+    """Whether an evaluation waited for a step: its own, or one that filled its cache."""
     by_evals = {id(row) for row in record.waited_by_evals}
 
-    def in_evaluation(row: StepRow) -> bool:
+    def evaluates(row: StepRow) -> bool:
         kind = kinds[row.run, row.step, row.kind]
         return kind == "evaluation" or (kind == "fill" and id(row) in by_evals)
 
+    return evaluates
+
+
+def _seconds(record: RunRecords, in_evaluation: Callable[[StepRow], bool]) -> Seconds:
     training = [row for row in record.steps if not in_evaluation(row)]
     wall = sum(row.wall_s for row in record.optimizer_steps)
     edge_compute = sum(row.edge_compute_s for row in record.optimizer_steps)
@@ -204,13 +234,18 @@ def _prediction(record: RunRecords, by_kind: dict[str, list[StepRow]]) -> Predic
     )
 
 
-def _total(edges: list[Edge], prices: Prices) -> Total:
+def _total(edges: list[Edge]) -> Total:
+    lines = [line for edge in edges for line in edge.bill]
+    billing.require_one_currency(lines)
     moved = sum((part for edge in edges for part in edge.traffic.values()), StepBytes())
     steps = sum((edge.traffic.get(kind, StepBytes()) for edge in edges for kind in _STEP_KINDS), StepBytes())
     cloud_flops = sum(sum(edge.cloud_flops.values()) for edge in edges)
     edge_s = sum(edge.seconds.wall + edge.seconds.evaluation for edge in edges)
     cloud_compute_s = sum(edge.cloud_compute_s for edge in edges)
-    energy = prices.energy(edge_s=edge_s, cloud_compute_s=cloud_compute_s)
+    energy = Energy(
+        edge_joules=sum(edge.energy.edge_joules for edge in edges),
+        cloud_joules=sum(edge.energy.cloud_joules for edge in edges),
+    )
     return Total(
         training_tokens=sum(edge.training_tokens for edge in edges),
         evaluation_tokens=sum(edge.evaluation_tokens for edge in edges),
@@ -225,9 +260,10 @@ def _total(edges: list[Edge], prices: Prices) -> Total:
         edge_s=edge_s,
         cloud_compute_s=cloud_compute_s,
         energy=energy,
-        bill=prices.bill(
-            wire_bytes=moved.wire_total_bytes, cloud_flops=cloud_flops, edge_joules=energy.edge_joules
-        ),
+        bill=billing.bill_of(lines),
+        training=billing.scope(lines, billing.TRAINING),
+        evaluation=billing.scope(lines, billing.EVALUATION),
+        download=billing.scope(lines, billing.DOWNLOAD),
     )
 
 

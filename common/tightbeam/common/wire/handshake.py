@@ -2,8 +2,8 @@
 
 Sans-IO, over the protobuf messages of the contract:
 
-    cloud -> edge   KeyBundle         the cloud's X-Wing key and the fingerprint of its backbone, signed by
-                                      its identity (part of the card)
+    cloud -> edge   KeyBundle         the cloud's X-Wing key, the fingerprint of its backbone and its prices,
+                                      signed by its identity (part of the card)
     edge -> cloud   HandshakeRequest  s1 sealed to that key, an ephemeral X-Wing key, all signed by the edge
     cloud -> edge   HandshakeReply    s2 sealed to the ephemeral key, a MAC that proves the same keys
 
@@ -38,7 +38,7 @@ from tightbeam.common.wire.key_schedule import (
     suite_name,
 )
 from tightbeam.common.wire.records import SECRET_BYTES, SESSION_ID_BYTES, Aead, Direction, Opener, Sealer
-from tightbeam.proto.backbone_pb2 import HandshakeReply, HandshakeRequest, KeyBundle
+from tightbeam.proto.backbone_pb2 import HandshakeReply, HandshakeRequest, KeyBundle, Prices
 
 __all__ = ["BUNDLE_LIFETIME_S", "ClientHandshake", "CloudKeys", "Session", "verify_bundle"]
 
@@ -77,19 +77,30 @@ class CloudKeys:
     gets a bundle that is about to expire. Not thread-safe: use it from one event loop.
     """
 
-    def __init__(self, identity: Identity, fingerprint: str, lifetime_s: float = BUNDLE_LIFETIME_S) -> None:
+    def __init__(
+        self,
+        identity: Identity,
+        fingerprint: str,
+        lifetime_s: float = BUNDLE_LIFETIME_S,
+        prices: Prices | None = None,
+    ) -> None:
         assert identity.role is Role.CLOUD
         self._identity = identity
         self._fingerprint = fingerprint
+        self._prices = prices
         self._lifetime_s = lifetime_s
         self._keys: dict[bytes, _StaticKey] = {}
 
     @classmethod
     def generate(
-        cls, identity: Identity, fingerprint: str, lifetime_s: float = BUNDLE_LIFETIME_S
+        cls,
+        identity: Identity,
+        fingerprint: str,
+        lifetime_s: float = BUNDLE_LIFETIME_S,
+        prices: Prices | None = None,
     ) -> "CloudKeys":
         """Make the first key; `identity` must be a cloud's, `fingerprint` that of the backbone it serves."""
-        keys = cls(identity, fingerprint, lifetime_s)
+        keys = cls(identity, fingerprint, lifetime_s, prices)
         keys.bundle_at(time.time())
         return keys
 
@@ -115,6 +126,7 @@ class CloudKeys:
             not_after=int(now + self._lifetime_s),
             identity_certificate=self._identity.certificate_der,
             fingerprint=self._fingerprint,
+            prices=self._prices,
         )
         bundle.signature = self._identity.signing_key.sign(bundle_content(bundle))
         return _StaticKey(kem, bundle)
@@ -252,13 +264,14 @@ def _session(
 def verify_bundle(bundle: KeyBundle, trust: Trust, now: float | None = None) -> str:
     """Return the cloud's name if its identity signed this bundle and it is good at `now` (unix seconds).
 
-    Only then the bundle's `fingerprint` says what the cloud serves; the card around it says so unsigned.
+    Only then the bundle's `fingerprint` and `prices` are the cloud's own; the card repeats them unsigned.
     """
     now = time.time() if now is None else now
     _require_size("kem_public_key", bundle.kem_public_key, KEM_PUBLIC_BYTES)
     _require_size("signature", bundle.signature, _SIGNATURE_BYTES)
     _require_at_most("identity_certificate", len(bundle.identity_certificate), _MAX_CERTIFICATE_BYTES)
     _require_at_most("fingerprint", len(bundle.fingerprint.encode()), _MAX_TEXT_BYTES)
+    _require_at_most("currency", len(bundle.prices.currency.encode()), _MAX_TEXT_BYTES)
     peer = trust.verify(bundle.identity_certificate, Role.CLOUD, datetime.fromtimestamp(now, UTC))
     try:
         peer.public_key.verify(bundle.signature, bundle_content(bundle))

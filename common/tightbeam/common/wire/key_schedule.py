@@ -7,6 +7,7 @@ own label, so that none of them can stand in for another. docs/wire.md gives the
 
 import hashlib
 import hmac
+import struct
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.hashes import SHA256
@@ -55,6 +56,12 @@ def key_id_of(kem_public_key: bytes) -> bytes:
 
 def bundle_content(bundle: KeyBundle) -> bytes:
     """Return what the cloud's identity signs in a key bundle."""
+    prices = bundle.prices
+    priced = (
+        prices.currency.encode(),
+        struct.pack(">d", prices.per_gigabyte),
+        struct.pack(">d", prices.per_petaflop),
+    )
     return fields(
         "bundle",
         bundle.key_id,
@@ -62,6 +69,7 @@ def bundle_content(bundle: KeyBundle) -> bytes:
         bundle.not_after.to_bytes(8, signed=True),
         bundle.identity_certificate,
         bundle.fingerprint.encode(),
+        *(priced if bundle.HasField("prices") else ()),
     )
 
 
