@@ -1,4 +1,7 @@
-"""What the cloud asks for its work: the prices in its card, judged before they are used."""
+"""What a card says of costs: the cloud's prices, judged before they are used, and sizes of weights."""
+
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -6,7 +9,7 @@ from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.errors import IdentityError, ProtocolError, UsageError
 from tightbeam.proto.backbone_pb2 import Card
 
-__all__ = ["asked_by", "require_same"]
+__all__ = ["asked_by", "cost_facts", "held_bytes", "require_same"]
 
 
 def asked_by(card: Card) -> PriceList | None:
@@ -35,8 +38,26 @@ def asked_by(card: Card) -> PriceList | None:
         ) from error
 
 
+def cost_facts(card: Card, cut: str) -> dict[str, Any]:
+    """What a ledger must know of the cloud to say what a run at this cut costs."""
+    prices, blobs = asked_by(card), {blob.name: blob.num_bytes for blob in card.blobs}
+    return {
+        "prices": None if prices is None else prices.model_dump(),
+        "cloud_device": card.device,
+        "weight_bytes": held_bytes(blobs, cut, card.num_blocks),
+        "model_bytes": held_bytes(blobs, f"{card.num_blocks}:0", card.num_blocks),
+    }
+
+
+def held_bytes(blobs: Mapping[str, int], cut: str, num_blocks: int) -> int:
+    """Bytes of the weights that an edge of this cut fetches once; `blobs` are the card's, by name."""
+    bottom, top = map(int, cut.split(":"))
+    trunk = {f"block.{index}" for index in range(bottom, num_blocks - top)}
+    return sum(size for name, size in blobs.items() if not name.startswith("file/") and name not in trunk)
+
+
 def require_same(before: Card, now: Card) -> None:
-    """Raise `UsageError` where the cloud asks for something else now: a run goes on by the prices it began with."""
+    """A run goes on by the prices it began with: raises `UsageError` where the cloud now asks for others."""
     if before.key_bundle.prices != now.key_bundle.prices:
         raise UsageError(
             "The cloud has changed its prices since this run connected to it.",

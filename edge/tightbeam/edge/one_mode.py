@@ -59,6 +59,7 @@ def train_whole_model(recipe: Recipe, console: Console | None = None) -> TrainRe
         close=lambda: None,
         name=card.model,
         fingerprint=card.fingerprint,
+        card=card,
     )
     return train_recipe(same_blocks(recipe, model), load=lambda _: loaded, console=console)
 
@@ -72,7 +73,7 @@ def load_whole_model(cloud: Cloud, recipe: Recipe) -> PreTrainedModel:
     load = local_source(section.local_path, card, model, dissect(model))
     fill(model, load, lambda name: True, dtype, choose_device(section.device))
     model.config.use_cache = False
-    model.name_or_path = card.model
+    model.name_or_path = model.config.name_or_path = card.model
     return model
 
 

@@ -53,7 +53,7 @@ def build_split_model(
         model.generation_config = _generation_config(card, store, local_path) or model.generation_config
         model.generation_config.use_cache = False
         model.generation_config.cache_implementation = None
-    model.name_or_path = card.model  # what PEFT writes into adapter_config.json
+    model.name_or_path = model.config.name_or_path = card.model  # what PEFT writes beside an adapter
     return model
 
 

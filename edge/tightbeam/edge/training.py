@@ -33,6 +33,7 @@ from tightbeam.edge.data.reading import read_records
 from tightbeam.edge.export import save_adapter
 from tightbeam.edge.interrupts import StopRequest
 from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
+from tightbeam.edge.offer import cost_facts
 from tightbeam.edge.plan import Plan
 from tightbeam.edge.progress import TrainingProgress
 from tightbeam.edge.side import add_side, side_of
@@ -121,6 +122,9 @@ class _Training:
     ledger: JsonlLedger = field(init=False)
     mode: Mode = field(init=False)
     moved: StepBytes = field(default_factory=StepBytes)
+    step_moved: StepBytes = field(
+        default_factory=StepBytes
+    )  # since the last optimizer step, evaluations left out
     tokens: int = 0
     wire_bytes_before: int = 0  # by earlier processes of this run
     eval_losses: list[float] = field(default_factory=list)
@@ -254,6 +258,7 @@ class _Training:
         )
         up, down = self.moved.wire_up_bytes, self.moved.wire_down_bytes
         self.progress.step(loss=loss, tokens=tokens, up_bytes=up, down_bytes=down)
+        moved, self.step_moved = self.step_moved, StepBytes()
         return {
             "optimizer_step": step,
             "epoch": round(step / self.plan.steps_per_epoch, 4),
@@ -263,8 +268,8 @@ class _Training:
             "grad_norm": norm,
             "tokens": tokens,
             "wall_s": round(wall_s, 6),
-            "wire_up_bytes": up,
-            "wire_down_bytes": down,
+            "wire_up_bytes": moved.wire_up_bytes,
+            "wire_down_bytes": moved.wire_down_bytes,
         }
 
     @torch.no_grad()
@@ -282,7 +287,7 @@ class _Training:
             total += float(self.mode.loss(batch)) * count
             learned += count
             tokens += int(batch["attention_mask"].sum())
-        self._drain()
+        self._drain(evaluating=True)
         loss = _finite(total / learned, "evaluation loss", step)
         self._row("eval", n=step, loss=loss, tokens=tokens)
         self.eval_losses.append(loss)
@@ -378,6 +383,7 @@ class _Training:
             dtype=dtype,
             mode=self.recipe.mode,
             hidden_size=int(self.loaded.model.config.get_text_config().hidden_size),
+            **({} if self.loaded.card is None else cost_facts(self.loaded.card, self.recipe.cut)),
             **({} if side is None else {"num_taps": len(side.plan.taps), "tap_size": side.plan.tap_size}),
         )
         for row in self.loaded.ledger_rows:
@@ -392,12 +398,13 @@ class _Training:
         except OSError as error:
             raise write_failed(self.folder.ledger, error) from error
 
-    def _drain(self) -> float:
+    def _drain(self, *, evaluating: bool = False) -> float:
         """Write the wire's rows; return the seconds of them that were not the edge's own computing."""
         away_s = 0.0
         for row in self.loaded.steps.drain() if self.loaded.steps else ():
             self._append(row.to_json())
             self.moved = self.moved + row.bytes
+            self.step_moved = self.step_moved if evaluating else self.step_moved + row.bytes
             away_s += row.blocked_s
         return away_s
 

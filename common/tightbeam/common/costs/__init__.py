@@ -6,7 +6,7 @@ belong to the command line's report, so each of them is imported by its own name
 
 from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.meter import JsonlLedger, StepMeter, peak_memory_bytes, read_ledger
-from tightbeam.common.costs.prices import PriceList, Prices
+from tightbeam.common.costs.prices import Prices
 from tightbeam.common.costs.rows import StepBytes, StepRow
 
 __all__ = [

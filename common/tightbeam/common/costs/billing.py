@@ -1,7 +1,7 @@
-"""What an edge's run is billed for, line by line: by which price, whose price that is, and for which part of the run.
+"""What an edge's run is billed for, line by line: which part of it, by which price, and whose price.
 
-Training is billed apart from evaluations, and the download of weights apart from both. Each start of a process is
-billed by the prices that the cloud announced to it.
+Training is billed apart from evaluations, and the download of weights apart from both. Each start of a
+process is billed by the prices that the cloud announced to it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +21,7 @@ __all__ = [
     "merged",
     "require_one_currency",
     "scope",
+    "whose",
 ]
 
 TRAINING, EVALUATION, DOWNLOAD, ELECTRICITY = "training", "evaluation", "download", "electricity"
@@ -116,3 +117,12 @@ def scope(lines: Sequence[BillLine], part: str) -> Scope:
         cloud_flops=round(used["flops"]),
         money=sum(line.money for line in own),
     )
+
+
+def whose(lines: Iterable[BillLine]) -> str:
+    """Who says what the cloud asks, and what electricity costs: in words, for what was used."""
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        if line.used:
+            found.setdefault("electricity" if line.part == ELECTRICITY else "cloud", set()).add(line.source)
+    return "; ".join(f"{what}: {' and '.join(sorted(sources))}" for what, sources in found.items())

@@ -11,11 +11,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from tightbeam.common.costs.billing import whose
 from tightbeam.common.costs.pages import render
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.costs.schema import Edge
 from tightbeam.common.costs.summary import summarise
-from tightbeam.common.costs.units import bytes_text, count_text, flops_text, seconds_text
+from tightbeam.common.costs.units import bytes_text, count_text, flops_text, money_text, seconds_text
 from tightbeam.common.runs import atomic_write
 
 __all__ = ["ModeResult", "lines_of", "print_comparison", "read_result", "to_html", "write_comparison"]
@@ -38,6 +39,11 @@ class ModeResult:
     cloud_flops: int
     seconds: float  # training, and waiting for the trunk in evaluations
     peak_memory_bytes: int  # of the mode's own process
+    held_bytes: int | None  # weights at the edge, fetched once and kept; None where the ledger does not say
+    cloud_bill: float  # for steps: their traffic and the cloud's compute
+    electricity: float  # of the edge
+    currency: str
+    whose: str  # prices
     seen_tokens: int  # whose hidden states the cloud computed on, each pass counted
     seen_gradients: int  # steps in which a gradient crossed
 
@@ -54,7 +60,8 @@ class ModeResult:
 
 def read_result(mode: str, folder: Path) -> ModeResult:
     """Sum up one mode's run folder; raises what `summarise` raises."""
-    edge: Edge = summarise([folder]).edges[0]
+    costs = summarise([folder])
+    edge: Edge = costs.edges[0]  # of one folder
     steps = sum((edge.traffic.get(kind, StepBytes()) for kind in _STEP_KINDS), StepBytes())
     losses = [loss for _, loss in edge.eval_loss]
     return ModeResult(
@@ -69,6 +76,11 @@ def read_result(mode: str, folder: Path) -> ModeResult:
         cloud_flops=sum(edge.cloud_flops.values()),
         seconds=edge.seconds.wall + edge.seconds.evaluation,
         peak_memory_bytes=edge.peak_memory_bytes,
+        held_bytes=edge.model_bytes if mode == "local" else edge.weight_bytes,
+        cloud_bill=costs.total.training.money + costs.total.evaluation.money,
+        electricity=costs.total.bill.edge_electricity,
+        currency=costs.prices.currency,
+        whose=whose(costs.bill),
         seen_tokens=edge.training_tokens + edge.evaluation_tokens + edge.fill_tokens,
         seen_gradients=edge.step_counts.get("backward", 0),
     )
@@ -85,7 +97,20 @@ def lines_of(results: Sequence[ModeResult]) -> dict[str, list[str]]:
         "cloud operations": [flops_text(result.cloud_flops) for result in results],
         "time": [seconds_text(result.seconds) for result in results],
         "peak memory, edge": [bytes_text(result.peak_memory_bytes) for result in results],
+        "cloud's bill, steps": [money_text(result.cloud_bill, result.currency) for result in results],
+        "edge electricity": [money_text(result.electricity, result.currency) for result in results],
+        "weights to fetch, once": [
+            "-" if result.held_bytes is None else bytes_text(result.held_bytes) for result in results
+        ],
     }
+
+
+def whose_prices(results: Sequence[ModeResult]) -> str:
+    """Whose prices they are, by mode where they differ."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        found.setdefault(result.whose, []).append(result.mode)
+    return ". ".join(f"{', '.join(modes)}: {whose}" for whose, modes in found.items())
 
 
 def print_comparison(results: Sequence[ModeResult], console: Console | None = None) -> None:
@@ -100,6 +125,8 @@ def print_comparison(results: Sequence[ModeResult], console: Console | None = No
     for label, values in lines_of(results).items():
         table.add_row(label, *values)
     console.print(table)
+    prices = f"Whose prices: {whose_prices(results)}. Not in them: the weights, which are fetched once."
+    console.print(prices, highlight=False, markup=False, soft_wrap=True)
     for result in results:
         line = f"The cloud saw, {result.mode}: {result.cloud_saw}."
         console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -107,7 +134,7 @@ def print_comparison(results: Sequence[ModeResult], console: Console | None = No
 
 def to_html(results: Sequence[ModeResult]) -> str:
     """Render the page: self-contained, like a run's report."""
-    return render("compare.html", results=results, lines=lines_of(results))
+    return render("compare.html", results=results, lines=lines_of(results), whose=whose_prices(results))
 
 
 def write_comparison(results: Sequence[ModeResult], folder: Path) -> Path:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.costs.schema import Edge, ModeCost, Prediction
 
-__all__ = ["NUM_TAPS", "TAP_SHARE", "TokenBytes", "mode_costs", "predict"]
+__all__ = ["NUM_TAPS", "TAP_SHARE", "TokenBytes", "mode_costs", "predict", "ran"]
 
 _ONCE = "each example crosses once, then a local cache serves it"
 _RULES = {
@@ -130,11 +130,11 @@ def mode_costs(edges: list[Edge], passes: Mapping[str, float], prices: Prices) -
     """
     by_mode: dict[str, list[Edge]] = {}
     for edge in edges:
-        by_mode.setdefault(_ran(edge), []).append(edge)
-    return [cost for ran, group in by_mode.items() for cost in _group_costs(ran, group, passes, prices)]
+        by_mode.setdefault(ran(edge), []).append(edge)
+    return [cost for mode, group in by_mode.items() for cost in _group_costs(mode, group, passes, prices)]
 
 
-def _group_costs(ran: str, edges: list[Edge], passes: Mapping[str, float], prices: Prices) -> list[ModeCost]:
+def _group_costs(how: str, edges: list[Edge], passes: Mapping[str, float], prices: Prices) -> list[ModeCost]:
     if any(edge.prediction is None or edge.hidden_size is None for edge in edges):
         return []
     jobs = [_job(edge, passes[edge.name]) for edge in edges]
@@ -173,9 +173,9 @@ def _group_costs(ran: str, edges: list[Edge], passes: Mapping[str, float], price
             "local", 0, 0, "no step crosses; the edge holds and computes every block, by its own electricity"
         ),
     ]
-    mode = ran.partition(",")[0]
+    mode = how.partition(",")[0]
     return [
-        cost(mode, measured, measured_flops, _RULES[ran], is_measured=True),
+        cost(mode, measured, measured_flops, _RULES[how], is_measured=True),
         *(other for other in others if other.mode != mode),
     ]
 
@@ -185,7 +185,8 @@ def _sum(sizes: Iterable[int | None]) -> int | None:
     return None if None in known else sum(size for size in known if size is not None)
 
 
-def _ran(edge: Edge) -> str:
+def ran(edge: Edge) -> str:
+    """How an edge ran: its mode, "freeze" for a `ushape` that froze, and whether nothing was cached."""
     if edge.mode in ("top", "side"):
         return edge.mode if edge.fill_tokens or not edge.training_tokens else f"{edge.mode}, uncached"
     return "freeze" if edge.fill_tokens else "ushape"
@@ -199,7 +200,7 @@ def _job(edge: Edge, passes: float) -> _Job:
         shareable += training_tokens + evaluation_tokens
     forward_flops = edge.cloud_flops.get("forward", 0)
     evaluation_flops = edge.cloud_flops.get("evaluation", 0)
-    if _ran(edge) in ("freeze", "top", "side"):
+    if ran(edge) in ("freeze", "top", "side"):
         # most tokens did not cross: ask the training loop how many there were
         crossed = training_tokens + evaluation_tokens + edge.fill_tokens
         per_token = (forward_flops + evaluation_flops + edge.cloud_flops.get("fill", 0)) / max(crossed, 1)

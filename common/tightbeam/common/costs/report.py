@@ -11,13 +11,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from tightbeam.common.costs.billing import whose
+from tightbeam.common.costs.modes import ran
 from tightbeam.common.costs.pages import render
-from tightbeam.common.costs.prices import Prices
-from tightbeam.common.costs.schema import Costs, Edge
+from tightbeam.common.costs.prices import ASSUMED, Prices
+from tightbeam.common.costs.schema import Costs, Edge, ModeCost
 from tightbeam.common.costs.summary import summarise
 from tightbeam.common.runs import atomic_write
 
-__all__ = ["PHASES", "to_csv", "to_html", "write_files", "write_report"]
+__all__ = ["PARTS", "PHASES", "jobs_of", "to_csv", "to_html", "watts_of", "write_files", "write_report"]
 
 PHASES = {
     "edge_compute": "edge compute",
@@ -29,6 +31,15 @@ PHASES = {
     "other": "other",
 }
 """Fields of `Seconds` that add up to its `wall`, and their names for people."""
+PARTS = {
+    ("training", "bytes"): "training steps, traffic",
+    ("training", "flops"): "training steps, cloud compute",
+    ("evaluation", "bytes"): "evaluation steps, traffic",
+    ("evaluation", "flops"): "evaluation steps, cloud compute",
+    ("download", "bytes"): "weights, fetched once",
+    ("electricity", "joules"): "edge electricity",
+}
+"""Names for people of the lines of a bill, by part and unit."""
 
 
 def write_report(run_folders: Sequence[str | Path], output: str | Path, prices: Prices | None = None) -> Path:
@@ -72,7 +83,42 @@ def to_html(costs: Costs) -> str:
         phases=PHASES,
         plots=_plots(costs),
         loss=_loss(costs),
+        jobs=jobs_of(costs),
+        kinds=_kinds(costs),
+        training_flops=costs.total.training.cloud_flops + costs.total.edge_flops,
+        watts=watts_of(costs),
+        whose=whose(costs.bill),
+        parts=PARTS,
     )
+
+
+def _kinds(costs: Costs) -> dict[tuple[str, ...], list[str]]:
+    """Names of the edges by what they ran: model, mode, cut, codecs."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for edge in costs.edges:
+        codecs = "/".join(dict.fromkeys(edge.codecs.values()))
+        found.setdefault((edge.model, ran(edge), edge.cut, codecs), []).append(edge.name)
+    return found
+
+
+def jobs_of(costs: Costs) -> list[list[ModeCost]]:
+    """The rows of `modes` by whose job they are: the mode that ran, then the others."""
+    found: dict[tuple[str, ...], list[ModeCost]] = {}
+    for mode in costs.modes:
+        found.setdefault(tuple(mode.edges), []).append(mode)
+    return list(found.values())
+
+
+def watts_of(costs: Costs) -> str:
+    """What edges and clouds are taken to draw, and who says so."""
+    found = {}
+    for edge in costs.edges:
+        pair = costs.prices.watts(edge.device, edge.cloud_device)
+        kinds = ("an edge", edge.device, "edge_watts"), ("the cloud", edge.cloud_device, "cloud_watts")
+        for watts, (whom, device, price) in zip(pair, kinds, strict=True):
+            kind = device.partition(":")[0] or "unknown device"
+            found[f"{watts:g} W for {whom} ({kind}), {costs.price_sources.get(price, ASSUMED)}"] = None
+    return "; ".join(found)
 
 
 def _plots(costs: Costs) -> dict[str, Any]:
@@ -97,13 +143,13 @@ def _plots(costs: Costs) -> dict[str, Any]:
     return {name: Markup(svg) for name, svg in pictures.items()}  # noqa: S704  # our own drawing; texts escaped
 
 
-def _loss(costs: Costs) -> tuple[float, float] | None:
-    """Mean first and last evaluation loss over the edges that evaluated."""
+def _loss(costs: Costs) -> tuple[float, float, int] | None:
+    """Mean first and last evaluation loss over the edges that evaluated, and how many did."""
     evaluated = [edge.eval_loss for edge in costs.edges if edge.eval_loss]
     if not evaluated:
         return None
     first, last = (sum(losses[at][1] for losses in evaluated) / len(evaluated) for at in (0, -1))
-    return first, last
+    return first, last, len(evaluated)
 
 
 def _quantities(edge: Edge) -> list[tuple[str, str, float]]:

@@ -3,6 +3,8 @@
 from rich.console import Console
 from rich.table import Table
 
+from tightbeam.common.costs.billing import whose
+from tightbeam.common.costs.report import jobs_of, watts_of
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.costs.schema import Costs, Edge
 from tightbeam.common.costs.units import (
@@ -46,7 +48,7 @@ def _column(edge: Edge) -> dict[str, str]:
         "tokens crossed": count_text(edge.crossed_tokens),
         "steps up, wire": bytes_text(up),
         "steps down, wire": bytes_text(down),
-        "payload predicted": bytes_text(prediction.predicted_payload_bytes) if prediction else "-",
+        "payload by formula": bytes_text(prediction.predicted_payload_bytes) if prediction else "-",
         "payload measured": bytes_text(sum(s.payload_up_bytes + s.payload_down_bytes for s in steps)),
         "weights down, wire": bytes_text(weights.wire_down_bytes),
         "sent again": bytes_text(edge.resent_bytes),
@@ -64,16 +66,22 @@ def _column(edge: Edge) -> dict[str, str]:
 
 def _sums(costs: Costs) -> list[str]:
     total, currency = costs.total, costs.prices.currency
-    bill = total.bill
+    parts = {
+        "training": total.training.money,
+        "evaluation": total.evaluation.money,
+        "weights, fetched once": total.download.money,
+        "edge electricity": total.bill.edge_electricity,
+    }
     lines = [
-        f"Price: {money_text(bill.total, currency)} (traffic {money_text(bill.traffic, currency)}, "
-        f"cloud compute {money_text(bill.cloud_compute, currency)}, "
-        f"edge electricity {money_text(bill.edge_electricity, currency)}).",
+        f"Price: {money_text(total.bill.total, currency)} "
+        f"({', '.join(f'{part} {money_text(money, currency)}' for part, money in parts.items())}). "
+        f"Whose prices: {whose(costs.bill)}.",
         f"Energy, estimated: edge {joules_text(total.energy.edge_joules)}, "
-        f"cloud {joules_text(total.energy.cloud_joules)}.",
+        f"cloud {joules_text(total.energy.cloud_joules)} ({watts_of(costs)}).",
     ]
-    others = [mode for mode in costs.modes if not mode.measured]
-    if others:
-        texts = (f"{mode.mode} {bytes_text(mode.payload_bytes)}" for mode in others)
-        lines.append(f"Payload in other modes, computed, not measured: {', '.join(texts)}.")
+    jobs = jobs_of(costs)
+    for job in jobs:
+        whom = f" ({', '.join(job[0].edges)})" if len(jobs) > 1 else ""
+        texts = (f"{mode.mode} {bytes_text(mode.payload_bytes)}" for mode in job if not mode.measured)
+        lines.append(f"Payload in other modes{whom}, computed, not measured: {', '.join(texts)}.")
     return lines

@@ -4,8 +4,9 @@ No Flower here: arrays in, arrays and figures out. Names of arrays are those of 
 """
 
 from tightbeam.edge.federation.adapter import LADDER, SplitAdapter, ladder_prefix
-from tightbeam.edge.federation.lender import AdapterShape, Lender, held_bytes, pad_id
+from tightbeam.edge.federation.lender import AdapterShape, Lender, pad_id
 from tightbeam.edge.federation.work import CachePlace, LocalTask, Work, Workplace
+from tightbeam.edge.offer import held_bytes
 
 __all__ = [
     "LADDER",

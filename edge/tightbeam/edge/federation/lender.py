@@ -5,7 +5,6 @@ stream to the cloud, but a split model is built once per shape and lent: frozen 
 and a client's state is its adapter alone. So a hundred simulated clients cost one download and one copy.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from tightbeam.edge.data import Example, load_examples
 from tightbeam.edge.federation.adapter import SplitAdapter
 from tightbeam.edge.side import side_of
 
-__all__ = ["AdapterShape", "Lender", "held_bytes", "pad_id"]
+__all__ = ["AdapterShape", "Lender", "pad_id"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +107,3 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any id will do where the attention mask is 0."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return int(next(candidate for candidate in candidates if isinstance(candidate, int)))
-
-
-def held_bytes(blobs: Mapping[str, int], cut: str, num_blocks: int) -> int:
-    """Bytes of the weights that a client of this cut fetches once; `blobs` are the card's, by name."""
-    bottom, top = map(int, cut.split(":"))
-    trunk = {f"block.{index}" for index in range(bottom, num_blocks - top)}
-    return sum(size for name, size in blobs.items() if not name.startswith("file/") and name not in trunk)
