@@ -1,5 +1,6 @@
 """`tightbeam report`: what runs cost, on the terminal, as a page and as data."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,10 +12,17 @@ __all__ = ["report"]
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where to write; else the first run.")
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Where to write; else the run, or the folder that several are in.",
+        ),
     ] = None,
     prices: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML with prices and watts; else the defaults.")
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with prices and watts of your own; else the cloud's."),
     ] = None,
 ) -> None:
     """Print what runs cost; write report.html, costs.json and costs.csv."""
@@ -25,4 +33,6 @@ def report(
 
     costs = summarise(runs, Prices.load(prices) if prices else None)
     print_table(costs)
-    typer.echo(write_files(costs, output or runs[0]))
+    # a report of several runs would overwrite that of the first one
+    place = output or (runs[0] if len(runs) == 1 else os.path.commonpath([run.resolve() for run in runs]))
+    typer.echo(write_files(costs, place))

@@ -203,7 +203,6 @@ def _card(channel: grpc.Channel, timeout_s: float) -> Iterator[Finding]:
         return
     yield _protocol(card)
     yield Finding("model", True, _describe(card))
-    yield Finding("prices", True, _asked(card))
     yield _clock(card, datetime.now(UTC))
 
 
@@ -222,16 +221,18 @@ def _describe(card: backbone_pb2.Card) -> str:
         f"{card.model} ({card.dtype}, {card.num_blocks} blocks of width {card.hidden_size}), "
         f"fingerprint {card.fingerprint}; bottom {policy.min_bottom} to {policy.max_bottom} blocks, "
         f"top {policy.min_top} to {policy.max_top}; codecs {' '.join(card.codecs)}; "
-        f"at most {card.limits.max_tokens_per_step} tokens per step"
+        f"at most {card.limits.max_tokens_per_step} tokens per step; {_asked(card)}"
     )
 
 
 def _asked(card: backbone_pb2.Card) -> str:
     """The list as the card says it; `connect` checks whether the cloud has signed it."""
     if not card.HasField("prices"):
-        return "the cloud names none; reports assume some"
+        return "no prices"
     prices = card.prices
-    return f"{prices.per_gigabyte:g} per GB and {prices.per_petaflop:g} per PFLOP, in {prices.currency!r}"
+    return (
+        f"asks {prices.per_gigabyte:g} per GB and {prices.per_petaflop:g} per PFLOP, in {prices.currency!r}"
+    )
 
 
 def _clock(card: backbone_pb2.Card, now: datetime) -> Finding:

@@ -24,7 +24,10 @@ __all__ = [
     "whose",
 ]
 
-TRAINING, EVALUATION, DOWNLOAD, ELECTRICITY = "training", "evaluation", "download", "electricity"
+TRAINING = "training"
+EVALUATION = "evaluation"
+DOWNLOAD = "download"
+_ELECTRICITY = "electricity"
 
 
 def lines_of(
@@ -69,7 +72,7 @@ def lines_of(
             )
         )
         if start is record.runs[-1]:
-            lines.append(line(ELECTRICITY, "joules", energy.edge_joules, "per_kilowatt_hour"))
+            lines.append(line(_ELECTRICITY, "joules", energy.edge_joules, "per_kilowatt_hour"))
     return merged(lines)
 
 
@@ -124,5 +127,5 @@ def whose(lines: Iterable[BillLine]) -> str:
     found: dict[str, set[str]] = {}
     for line in lines:
         if line.used:
-            found.setdefault("electricity" if line.part == ELECTRICITY else "cloud", set()).add(line.source)
+            found.setdefault("electricity" if line.part == _ELECTRICITY else "cloud", set()).add(line.source)
     return "; ".join(f"{what}: {' and '.join(sorted(sources))}" for what, sources in found.items())

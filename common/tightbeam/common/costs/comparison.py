@@ -39,11 +39,11 @@ class ModeResult:
     cloud_flops: int
     seconds: float  # training, and waiting for the trunk in evaluations
     peak_memory_bytes: int  # of the mode's own process
-    held_bytes: int | None  # weights at the edge, fetched once and kept; None where the ledger does not say
-    cloud_bill: float  # for steps: their traffic and the cloud's compute
-    electricity: float  # of the edge
-    currency: str
-    whose: str  # prices
+    held_bytes: int | None = None  # weights at the edge, fetched once and kept; None: the ledger does not say
+    cloud_bill: float = 0.0  # for steps: their traffic and the cloud's compute
+    electricity: float = 0.0  # of the edge
+    currency: str = "USD"
+    whose: str = ""  # prices
     seen_tokens: int  # whose hidden states the cloud computed on, each pass counted
     seen_gradients: int  # steps in which a gradient crossed
 
@@ -105,7 +105,7 @@ def lines_of(results: Sequence[ModeResult]) -> dict[str, list[str]]:
     }
 
 
-def whose_prices(results: Sequence[ModeResult]) -> str:
+def _whose_prices(results: Sequence[ModeResult]) -> str:
     """Whose prices they are, by mode where they differ."""
     found: dict[str, list[str]] = {}
     for result in results:
@@ -125,7 +125,7 @@ def print_comparison(results: Sequence[ModeResult], console: Console | None = No
     for label, values in lines_of(results).items():
         table.add_row(label, *values)
     console.print(table)
-    prices = f"Whose prices: {whose_prices(results)}. Not in them: the weights, which are fetched once."
+    prices = f"Whose prices: {_whose_prices(results)}. Not in them: the weights, which are fetched once."
     console.print(prices, highlight=False, markup=False, soft_wrap=True)
     for result in results:
         line = f"The cloud saw, {result.mode}: {result.cloud_saw}."
@@ -134,7 +134,7 @@ def print_comparison(results: Sequence[ModeResult], console: Console | None = No
 
 def to_html(results: Sequence[ModeResult]) -> str:
     """Render the page: self-contained, like a run's report."""
-    return render("compare.html", results=results, lines=lines_of(results), whose=whose_prices(results))
+    return render("compare.html", results=results, lines=lines_of(results), whose=_whose_prices(results))
 
 
 def write_comparison(results: Sequence[ModeResult], folder: Path) -> Path:
