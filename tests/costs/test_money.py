@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,7 +30,7 @@ from tightbeam.edge.offer import asked_by
 from tightbeam.edge.run import run_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
-LIST = {"currency": "EUR", "per_gigabyte": 1000.0, "per_petaflop": 7.0}
+LIST: dict[str, Any] = {"currency": "EUR", "per_gigabyte": 1000.0, "per_petaflop": 7.0}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def cloud(tmp_path_factory: pytest.TempPathFactory) -> Iterator[InProcessCloud]:
         yield started
 
 
-def _recipe(folder: Path, cloud: InProcessCloud, **changes: object) -> Recipe:
+def _recipe(folder: Path, cloud: InProcessCloud, **changes: Any) -> Recipe:
     folder.mkdir(exist_ok=True)
     train = {"steps": 4, "checkpoint_every": 2, "eval_every": 1}
     model = {"cloud": cloud.address, "insecure": True}
@@ -145,7 +146,7 @@ def test_a_run_ends_where_the_cloud_asks_for_something_else(cloud: InProcessClou
         {"currency": "E" * 200},
     ],
 )
-def test_a_list_that_makes_no_sense_is_refused(wrong: dict[str, object]) -> None:
+def test_a_list_that_makes_no_sense_is_refused(wrong: dict[str, Any]) -> None:
     prices = pb.Prices(**(LIST | wrong))
     with pytest.raises(ProtocolError, match=f"price list is wrong: {next(iter(wrong))} is "):
         asked_by(pb.Card(prices=prices, key_bundle=pb.KeyBundle(prices=prices)))

@@ -111,7 +111,7 @@ def jobs_of(costs: Costs) -> list[list[ModeCost]]:
 
 def watts_of(costs: Costs) -> str:
     """What edges and clouds are taken to draw, and who says so."""
-    found = {}
+    found: dict[str, None] = {}
     for edge in costs.edges:
         pair = costs.prices.watts(edge.device, edge.cloud_device)
         kinds = ("an edge", edge.device, "edge_watts"), ("the cloud", edge.cloud_device, "cloud_watts")
