@@ -209,7 +209,7 @@ def test_what_is_put_together_is_written_together(tmp_path: Path) -> None:
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with opened(tmp_path), pytest.raises(UsageError, match="in use by another process"):
+    with opened(tmp_path), pytest.raises(UsageError, match="in use by process"):
         opened(tmp_path)
     opened(tmp_path).close()
 

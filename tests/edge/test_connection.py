@@ -77,7 +77,7 @@ def test_a_cut_that_only_the_edge_believes_in(edge: Cloud) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"codec": "zip"}, "does not know the codec 'zip'"),
+        ({"codec": "zip"}, "'zip' names no codecs"),
         ({"dtype": "float8"}, "Unknown dtype"),
         ({"device": "abacus"}, "not available here"),
     ],

@@ -11,6 +11,7 @@ from support.clouds import free_port
 from support.commands import Cloud
 from support.tiny import tiny_model
 from tightbeam.common.authority import init_certificates
+from tightbeam.edge import connect
 from tightbeam.edge.doctor import Finding, examine
 
 
@@ -37,6 +38,12 @@ def cloud(certs: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
         yield running
 
 
+@pytest.fixture(scope="module")
+def insecure_cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
+    with Cloud(model, tmp_path_factory.mktemp("insecure")) as running:
+        yield running
+
+
 @pytest.fixture
 def listener() -> Iterator[socket.socket]:
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -56,16 +63,49 @@ def test_all_is_well_with_a_cloud(cloud: Cloud, certs: Path) -> None:
     findings = examine(cloud.address, identity=certs / "ours" / "clinic")
     assert [finding for finding in findings if not finding.ok] == []
     names = ["python", "packages", "device", "identity", "dns", "tcp", "tls", "health", "protocol", "model"]
-    assert [finding.name for finding in findings] == [*names, "clock", "round trip"]
+    assert [finding.name for finding in findings] == [*names, "clock", "round trip", "step"]
     details = {finding.name: finding.detail for finding in findings}
     assert "TLSv1.3, h2" in details["tls"]
     assert "6 blocks of width 32" in details["model"]
     assert "clinic" in details["identity"]
 
 
-def test_the_cloud_can_examine_itself(cloud: Cloud, certs: Path) -> None:
+def test_the_cloud_can_ask_for_its_own_health(cloud: Cloud, certs: Path) -> None:
     """The health check of docker-compose.yml does."""
-    assert all(finding.ok for finding in examine(cloud.address, identity=certs / "ours" / "cloud"))
+    findings = examine(cloud.address, identity=certs / "ours" / "cloud", only_health=True)
+    assert all(finding.ok for finding in findings)
+    assert findings[-1].name == "health"
+
+
+def test_an_edge_with_the_clouds_identity(cloud: Cloud, certs: Path) -> None:
+    finding = last(examine(cloud.address, identity=certs / "ours" / "cloud"))
+    assert (finding.name, finding.ok) == ("card", False)
+    assert "is the cloud's identity" in finding.detail
+
+
+def test_nothing_is_billed(cloud: Cloud, certs: Path) -> None:
+    clinic = certs / "ours" / "clinic"
+    assert last(examine(cloud.address, identity=clinic)).name == "step"
+    with connect(cloud.address, identity=clinic) as connected:
+        assert connected.usage() == []
+
+
+def test_insecure_elsewhere(insecure_cloud: Cloud) -> None:
+    """A cloud is there and answers; `train` would refuse the address all the same."""
+    finding = last(examine(f"0.0.0.0:{insecure_cloud.port}", insecure=True))  # which reaches loopback
+    assert (finding.name, finding.ok) == ("card", False)
+    assert "not a loopback address" in finding.detail
+
+
+def test_a_cloud_that_takes_no_steps(insecure_cloud: Cloud) -> None:
+    """Its streams are all taken, so that `train` would wait in vain."""
+    with connect(insecure_cloud.address, insecure=True) as other:
+        steppers = [other.open_steps("1:1") for _ in range(32)]
+        for stepper in steppers:
+            stepper.probe(other.card.hidden_size)
+        finding = last(examine(insecure_cloud.address, insecure=True))
+    assert (finding.name, finding.ok) == ("step", False)
+    assert "32 open streams" in finding.detail
 
 
 def test_identity_of_another_authority(cloud: Cloud, certs: Path) -> None:

@@ -121,7 +121,7 @@ def train_over(
         names = {
             name: "fp32" if value == "auto" else value for name, value in recipe.codec.model_dump().items()
         }
-        codecs = Codecs(**names)
+        codecs = Codecs.model_validate(names)
         stepper = Stepper(
             run,
             lambda: _Recorder(cloud.open_channel(run, recipe.cut), crossing),

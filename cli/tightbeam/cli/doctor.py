@@ -1,5 +1,7 @@
 """`tightbeam doctor`: whether this machine is ready and the way to the cloud works."""
 
+from typing import Annotated
+
 import typer
 
 from tightbeam.cli.options import Address, IdentityFolder, Insecure
@@ -7,11 +9,18 @@ from tightbeam.cli.options import Address, IdentityFolder, Insecure
 __all__ = ["doctor"]
 
 
-def doctor(address: Address, identity: IdentityFolder = None, insecure: Insecure = False) -> None:
+def doctor(
+    address: Address,
+    identity: IdentityFolder = None,
+    insecure: Insecure = False,
+    health: Annotated[
+        bool, typer.Option("--health", help="Only ask whether the cloud serves; with its own identity too.")
+    ] = False,
+) -> None:
     """Check this machine and the way to a cloud, step by step; each failure says its cure."""
     from tightbeam.edge.doctor import examine
 
-    findings = examine(address, identity=identity, insecure=insecure)
+    findings = examine(address, identity=identity, insecure=insecure, only_health=health)
     for finding in findings:
         typer.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
         if not finding.ok:

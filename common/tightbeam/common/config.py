@@ -11,19 +11,31 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
+from tightbeam.common.addresses import check_address
 from tightbeam.common.config_errors import explain
 from tightbeam.common.config_yaml import parse_value, read_mapping
 from tightbeam.common.errors import RecipeError
 
 __all__ = [
     "AdapterSection",
+    "Address",
     "CacheSection",
+    "CodecName",
     "Codecs",
+    "CutText",
     "DataSection",
     "ModelSection",
     "OutputSection",
@@ -36,7 +48,17 @@ __all__ = [
     "recipe_from_mapping",
 ]
 
-CODEC_NAME = r"^[a-z][a-z0-9_]*$"
+CodecName = Literal["auto", "fp32", "bf16", "int8", "int5", "int4", "int8s", "int5s", "int4s"]
+Address = Annotated[str, AfterValidator(check_address)]
+
+
+def _some_blocks_here(cut: str) -> str:
+    if not any(map(int, cut.split(":"))):
+        raise ValueError(f"{cut} leaves no block at the edge, so there is nothing to train")
+    return cut
+
+
+CutText = Annotated[str, Field(pattern=r"^\d+:\d+$"), AfterValidator(_some_blocks_here)]
 
 
 class Section(BaseModel):
@@ -51,7 +73,7 @@ SectionT = TypeVar("SectionT", bound=Section)
 class ModelSection(Section):
     """Which backbone, and how the edge's own part of it runs."""
 
-    cloud: str = Field(description="Address of the cloud, host:port.", pattern=r"^.+:\d{1,5}$")
+    cloud: Address = Field(description="Address of the cloud, host:port.")
     identity: Path | None = Field(default=None, description="Folder with this edge's certificate and key.")
     insecure: bool = Field(default=False, description="Connect without TLS; only for loopback.")
     fingerprint: str | None = Field(
@@ -74,10 +96,10 @@ class ModelSection(Section):
 class Codecs(Section):
     """Which codec carries each of the four tensors of a step; `auto` changes no bit (see docs/recipes.md)."""
 
-    activations_up: str = Field(default="auto", pattern=CODEC_NAME, description="Bottom to trunk, forward.")
-    activations_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to top, forward.")
-    gradients_up: str = Field(default="auto", pattern=CODEC_NAME, description="Top to trunk, backward.")
-    gradients_down: str = Field(default="auto", pattern=CODEC_NAME, description="Trunk to bottom, backward.")
+    activations_up: CodecName = Field(default="auto", description="Bottom to trunk, forward.")
+    activations_down: CodecName = Field(default="auto", description="Trunk to top, forward.")
+    gradients_up: CodecName = Field(default="auto", description="Top to trunk, backward.")
+    gradients_down: CodecName = Field(default="auto", description="Trunk to bottom, backward.")
 
     @model_validator(mode="before")
     @classmethod
@@ -259,9 +281,7 @@ class Recipe(Section):
     """One training run, complete and checked."""
 
     model: ModelSection
-    cut: str = Field(
-        description="k:m, the first k and the last m blocks stay at the edge.", pattern=r"^\d+:\d+$"
-    )
+    cut: CutText = Field(description="k:m, the first k and the last m blocks stay at the edge.")
     mode: Literal["ushape", "top", "side"] = Field(
         default="ushape", description="How training uses the trunk: see docs/modes.md."
     )
@@ -275,6 +295,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _freezable(self) -> Self:
+        frozen_bottom = self.mode == "top" or self.train.freeze_bottom_after is not None
+        if frozen_bottom and self.cut.endswith(":0"):
+            raise ValueError(f"a frozen bottom leaves the top blocks to train, and cut {self.cut} has none")
         if self.mode != "ushape" and self.train.freeze_bottom_after is not None:
             raise ValueError(f"train.freeze_bottom_after is for mode ushape, not {self.mode}")
         if self.train.noise and self.mode != "top" and self.train.freeze_bottom_after is None:
@@ -313,6 +336,8 @@ class Recipe(Section):
             del plain["model"][key]
         for key in ("eval_every", "checkpoint_every", "keep_checkpoints", "threads"):
             del plain["train"][key]
+        if self.train.freeze_bottom_after is None:
+            del plain["train"]["max_mb"]  # then it says when a run stops, not what it learns
         for key in ("dir", "max_gb"):
             del plain["cache"][key]
         del plain["output"]

@@ -108,7 +108,7 @@ def _nearest_key(path: str, keys: list[str], missing: list[str]) -> str:
 
 
 _LOOKS = {
-    "model.cloud": "host:port",
+    "model.fingerprint": "64 hexadecimal digits, as `tightbeam doctor` shows them",
     "cut": "k:m, for example 4:4",
     "output.name": "letters, digits, dot, dash and underscore",
 }
@@ -119,9 +119,7 @@ def _expected(problem: ErrorDetails, path: str) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     stem = kind.split("_")[0]
     if stem == "string":
-        codec = "codec" in path.split(".")
-        leaf = path.rpartition(".")[2]
-        return _LOOKS.get(path) or _LOOKS.get(leaf, "a codec name, for example int8" if codec else "text")
+        return _LOOKS.get(path) or _LOOKS.get(path.rpartition(".")[2], "text")
     if kind == "literal_error":
         return str(context["expected"])
     for name, words in _LIMITS.items():

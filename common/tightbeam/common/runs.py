@@ -4,7 +4,7 @@
         config.yaml     the resolved recipe          env.json      versions, platform, device
         ledger.jsonl    what every step cost         metrics.csv   loss, rate, bytes per optimizer step
         checkpoints/    step-N/, to resume from      adapter/      the result, in PEFT's format
-        report.html     the report
+        report.html     the report                   lock          which process is at work in it
 
 A folder belongs to one run. Starting again in it needs `resume`, and a recipe whose numbers are the same.
 Files are written beside their place and then moved there, so that a kill or a full disk leaves the old one.
@@ -19,7 +19,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,6 +27,7 @@ from typing import Any, Self
 
 from tightbeam.common.config import Recipe, load_recipe
 from tightbeam.common.errors import RecipeError, TightbeamError, UsageError
+from tightbeam.common.locks import FolderLock
 
 __all__ = ["MetricsFile", "RunFolder", "atomic_write", "environment", "sync_folder", "write_failed"]
 
@@ -143,9 +144,22 @@ class RunFolder:
             )
         return folder
 
+    def lock(self, warn: Callable[[str], None]) -> FolderLock:
+        """Keep every other process out of the folder; raises `UsageError` while one is in it."""
+        cure = "Wait until it ends or stop it, or give this run another output.name."
+        try:
+            return FolderLock(self.path, what=f"The run folder {self.path}", cure=cure, warn=warn)
+        except OSError as error:
+            raise write_failed(self.path, error) from error
+
     def claim(self, recipe: Recipe) -> None:
         """Write config.yaml: from now on the folder holds this recipe's run."""
         atomic_write(self.config, recipe.resolved_yaml())
+
+    def disclaim(self, *, keep_ledger: bool) -> None:
+        """Take the claim back after a start that trained nothing; accounts of what crossed may stay."""
+        for path in (self.config, self.env, self.metrics, *(() if keep_ledger else (self.ledger,))):
+            path.unlink(missing_ok=True)
 
     def _check_same_run(self, recipe: Recipe, resume: bool) -> None:
         if not resume:

@@ -83,7 +83,7 @@ class Carrier:
                     limit += (
                         f"; altered {num_integrity} of at most {self._policy.max_integrity_failures} times"
                     )
-                self._on_retry(f"{error.message} Retrying step {job.step} {limit}.")
+                self._on_retry(f"{error.message} Retrying {limit}.")
             flight = None
             time.sleep(min(wait_s, max(left_s, 0.0)))
             wait_s = min(2 * wait_s, self._policy.longest_wait_s)

@@ -82,6 +82,7 @@ class GrpcChannel:
         self._session, self._tls, self._silence_s = session, tls, silence_s
         self._last_record_s = time.monotonic()
         self._closed = threading.Event()
+        self.abandoned = False  # nobody can use it any more; a mark only, for whoever collects garbage
         self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._pending: dict[tuple[int, int], _Pending] = {}
         self._lock = threading.Lock()  # records are sealed in the order they are sent
@@ -117,11 +118,14 @@ class GrpcChannel:
 
     def close(self) -> None:
         """End the stream."""
+        self._end()
+        for thread in self._threads:
+            thread.join(timeout=5.0)
+
+    def _end(self) -> None:
         self._fail(CloudUnavailableError("This connection was closed."))
         self._outbox.put(None)
         self._call.cancel()
-        for thread in self._threads:
-            thread.join(timeout=5.0)
 
     def _outgoing(self) -> Iterator[bytes]:
         for record in iter(self._outbox.get, None):
@@ -131,6 +135,9 @@ class GrpcChannel:
     def _watch(self) -> None:
         """A record that was dropped on the way leaves both ends waiting, and the connection well."""
         while not self._closed.wait(0.5):
+            if self.abandoned:
+                self._end()
+                break
             limit_s = min(self._silence_s, self._silence_s if self._reader.idle else _STALL_S)
             if self._pending and time.monotonic() - self._last_record_s > limit_s:
                 self._fail(CloudUnavailableError(f"The cloud has sent nothing for {limit_s:.0f} s."))
@@ -199,6 +206,12 @@ def error_from_rpc(error: grpc.RpcError) -> TightbeamError:
     code, details = error.code(), error.details() or ""
     if (ours := error_from_details(details)) is not None:
         return ours
+    if "Hostname Verification" in details:
+        return IdentityError(
+            "The cloud's certificate is not for the host name in its address.",
+            cure="Use a name that is in it; or delete the folder `cloud`, run `tightbeam certs init` again "
+            "with --host NAME, and restart the cloud.",
+        )
     if any(
         mark in details
         for mark in ("CERTIFICATE", "SSL_ERROR", "certificate", "WRONG_VERSION", "Ssl handshake")

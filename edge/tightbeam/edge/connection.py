@@ -4,6 +4,7 @@ import itertools
 import json
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +16,7 @@ from peft import PeftModel
 from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from tightbeam.common.addresses import is_loopback
+from tightbeam.common.addresses import is_loopback, split_address
 from tightbeam.common.backbone import Cut, CutPolicy
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.framing import wire_bytes
@@ -30,7 +31,7 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.common.files import cache_folder
-from tightbeam.common.identity import Identity, ephemeral_identity, load_identity
+from tightbeam.common.identity import Identity, Role, ephemeral_identity, load_identity
 from tightbeam.common.wire.codecs import lossless
 from tightbeam.common.wire.handshake import ClientHandshake, verify_bundle
 from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
@@ -95,6 +96,7 @@ def connect(
         CloudUnavailableError: No answer within `wait_s`.
         FingerprintError: Another backbone than `fingerprint`.
     """
+    split_address(address)
     if insecure and identity is not None:
         raise UsageError("insecure and an identity exclude each other.", cure="Leave out insecure.")
     if insecure and not is_loopback(address):
@@ -112,6 +114,10 @@ def connect(
         )
     else:
         who = load_identity(Path(identity))
+        if who.role is not Role.TENANT:
+            raise IdentityError(
+                f"{identity} is the cloud's identity.", cure="Give this edge a folder of its own."
+            )
         assert who.tls is not None
         credentials = grpc.ssl_channel_credentials(who.tls.ca, who.tls.key, who.tls.certificate)
         channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
@@ -154,7 +160,7 @@ class Cloud:
         self._stub = BackboneStub(channel)
         self._on_row, self._on_retry, self._policy = on_row, on_retry, policy or RetryPolicy()
         self._store = BlobStore(cache_folder(), self._fetch, on_download)
-        self._steppers: list[Stepper] = []
+        self._steppers = weakref.WeakSet[Stepper]()
         self._numbers = itertools.count()
         self._closed = False
 
@@ -169,7 +175,7 @@ class Cloud:
     def close(self) -> None:
         """End the streams and the connection."""
         self._closed = True
-        for stepper in self._steppers:
+        for stepper in list(self._steppers):
             stepper.close()
         self._channel.close()
 
@@ -247,9 +253,15 @@ class Cloud:
         crosses in its own session and on its own account.
         """
         codecs = self._codecs(codec, dtype)
+        streams = weakref.WeakSet[GrpcChannel]()
+
+        def open_stream() -> Channel:
+            streams.add(stream := self._open_stream(cut))
+            return stream
+
         stepper = Stepper(
             self.run,
-            lambda: self._open_stream(cut),
+            open_stream,
             codecs,
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             share_prefixes=self.card.shared_prefixes,
@@ -258,7 +270,8 @@ class Cloud:
             policy=self._policy,
             numbers=self._numbers,
         )
-        self._steppers.append(stepper)
+        self._steppers.add(stepper)
+        weakref.finalize(stepper, _abandon, streams).atexit = False
         return stepper
 
     def load_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -307,7 +320,7 @@ class Cloud:
         self.prices = asked_by(self.card)
         check_card(self.card)
 
-    def _open_stream(self, cut: str) -> Channel:
+    def _open_stream(self, cut: str) -> GrpcChannel:
         """A fresh handshake and its stream; the card is fetched again, for a restarted cloud has new keys."""
         if self._closed:
             raise UsageError(
@@ -358,7 +371,7 @@ class Cloud:
     def _codecs(self, codec: str | Codecs, dtype: torch.dtype) -> Codecs:
         names = _parsed(codec).model_dump()
         names = {tensor: lossless(dtype) if name == "auto" else name for tensor, name in names.items()}
-        codecs = Codecs(**names)
+        codecs = Codecs.model_validate(names)
         if missing := set(codecs.model_dump().values()) - set(self.card.codecs):
             raise UsageError(
                 f"This cloud does not know the codec {missing.pop()!r}.",
@@ -379,6 +392,15 @@ class Cloud:
         """The backbone's transformers config."""
         values: dict[str, Any] = json.loads(self.card.config_json)
         return values
+
+
+def _abandon(streams: "weakref.WeakSet[GrpcChannel]") -> None:
+    """Give up what a model that nobody closed has open.
+
+    A mark only: this runs in whichever thread collects garbage, with whatever locks that thread holds.
+    """
+    for stream in list(streams):
+        stream.abandoned = True
 
 
 def _parsed(codec: str | Codecs) -> Codecs:

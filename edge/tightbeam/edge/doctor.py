@@ -1,7 +1,8 @@
 """`tightbeam doctor`: from this machine to a cloud that answers, one step at a time.
 
 Each step is a `Finding`; a failed one says what to do. The way to the cloud stops at the first failure: what
-comes after it could only fail for the same reason. Nothing is sent that a tenant pays for.
+comes after it could only fail for the same reason. From the card on it is what `tightbeam train` does, by the
+same code, up to a step that the cloud cannot know; nothing is sent that a tenant pays for.
 """
 
 import importlib.metadata
@@ -17,14 +18,17 @@ from pathlib import Path
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from tightbeam.common.addresses import split_address
 from tightbeam.common.certificates import parse_certificate
-from tightbeam.common.errors import IdentityError
+from tightbeam.common.errors import IdentityError, TightbeamError, UsageError
 from tightbeam.common.identity import Identity, load_identity
-from tightbeam.proto import backbone_pb2, backbone_pb2_grpc
+from tightbeam.common.wire.records import PROTOCOL
+from tightbeam.edge.carrier import RetryPolicy
+from tightbeam.edge.connection import connect
+from tightbeam.proto import backbone_pb2
 
 __all__ = ["Finding", "examine"]
 
-PROTOCOL = "tightbeam/1"
 SERVICE = "tightbeam.v1.Backbone"
 _NUM_PINGS = 5
 _SOON_DAYS = 14
@@ -41,9 +45,17 @@ class Finding:
 
 
 def examine(
-    address: str, *, identity: Path | None = None, insecure: bool = False, timeout_s: float = 5.0
+    address: str,
+    *,
+    identity: Path | None = None,
+    insecure: bool = False,
+    only_health: bool = False,
+    timeout_s: float = 5.0,
 ) -> list[Finding]:
-    """Check this machine and then the way to `address` (host:port); each network step has `timeout_s`."""
+    """Check this machine and then the way to `address` (host:port); each network step has `timeout_s`.
+
+    `only_health` ends where the cloud has said whether it serves, and takes the cloud's own identity.
+    """
     findings = list(_this_machine())
     own: Identity | None = None
     if not insecure:
@@ -51,7 +63,7 @@ def examine(
         findings.append(finding)
         if own is None:
             return findings
-    for finding in _way_to_cloud(address, identity, own, timeout_s):
+    for finding in _way_to_cloud(address, identity, own, timeout_s, only_health):
         findings.append(finding)
         if not finding.ok:
             break
@@ -94,21 +106,21 @@ def _days_left(until: datetime) -> int:
 
 
 def _way_to_cloud(
-    address: str, folder: Path | None, own: Identity | None, timeout_s: float
+    address: str, folder: Path | None, own: Identity | None, timeout_s: float, only_health: bool
 ) -> Iterator[Finding]:
-    host, _, port = address.rpartition(":")
-    host = host.strip("[]")
-    if not host or not port.isdigit():
-        yield Finding("address", False, f"{address} is not host:port", "Give it as in cloud.example:50051.")
+    try:
+        host, port = split_address(address)
+    except UsageError as error:
+        yield Finding("address", False, error.message, error.cure)
         return
-    yield _resolve(host, int(port))
-    yield _connect(host, int(port), timeout_s)
+    yield _resolve(host, port)
+    yield _connect(host, port, timeout_s)
     if folder is not None and own is not None:
-        yield _tls(host, int(port), folder, timeout_s)
+        yield _tls(host, port, folder, timeout_s)
     with _channel(address, own) as channel:
         yield _health(channel, timeout_s)
-        yield from _card(channel, timeout_s)
-        yield _round_trip(channel, timeout_s)
+        if not only_health:
+            yield from _as_train(address, folder, own is None, timeout_s, channel)
 
 
 def _resolve(host: str, port: int) -> Finding:
@@ -193,26 +205,34 @@ def _ask_health(channel: grpc.Channel, timeout_s: float) -> health_pb2.HealthChe
     return health_pb2_grpc.HealthStub(channel).Check(request, timeout=timeout_s)
 
 
-def _card(channel: grpc.Channel, timeout_s: float) -> Iterator[Finding]:
+def _as_train(
+    address: str, folder: Path | None, insecure: bool, timeout_s: float, channel: grpc.Channel
+) -> Iterator[Finding]:
+    """What `tightbeam train` does until its first step, by the same code."""
+    policy = RetryPolicy(give_up_after_s=0.0)
+    what = "card"
     try:
-        card = backbone_pb2_grpc.BackboneStub(channel).Describe(
-            backbone_pb2.DescribeRequest(), timeout=timeout_s
-        )
-    except grpc.RpcError as error:
-        yield Finding("card", False, _status(error), "Look into the cloud's log.")
-        return
-    yield _protocol(card)
-    yield Finding("model", True, _describe(card))
-    yield _clock(card, datetime.now(UTC))
+        with connect(
+            address, identity=folder, insecure=insecure, wait_s=timeout_s, policy=policy, on_retry=_no_word
+        ) as cloud:
+            card = cloud.card
+            here = importlib.metadata.version("tightbeam")
+            detail = f"{PROTOCOL}; the cloud is tightbeam {card.version}, this is {here}"
+            yield Finding("protocol", True, detail)
+            yield Finding("model", True, _describe(card))
+            until = datetime.fromtimestamp(card.key_bundle.not_after, UTC)
+            yield Finding("clock", True, f"the cloud's sealing key is good until {until:%Y-%m-%d %H:%M} UTC")
+            yield _round_trip(channel, timeout_s)
+            what = "step"
+            cut = f"{card.cut_policy.min_bottom}:{card.cut_policy.min_top}"
+            cloud.open_steps(cut).probe(card.hidden_size)
+            yield Finding("step", True, "a handshake, a stream, and an answer on it; nothing was billed")
+    except TightbeamError as error:
+        yield Finding(what, False, error.message, error.cure)
 
 
-def _protocol(card: backbone_pb2.Card) -> Finding:
-    here = importlib.metadata.version("tightbeam")
-    detail = f"the cloud is tightbeam {card.version}, this is {here}"
-    if card.protocol != PROTOCOL:
-        detail = f"the cloud speaks {card.protocol or 'nothing known'}, this side {PROTOCOL}; {detail}"
-        return Finding("protocol", False, detail, "Install the same version on both sides.")
-    return Finding("protocol", True, f"{PROTOCOL}; {detail}")
+def _no_word(line: str) -> None:
+    """Nothing is retried here."""
 
 
 def _describe(card: backbone_pb2.Card) -> str:
@@ -233,15 +253,6 @@ def _asked(card: backbone_pb2.Card) -> str:
     return (
         f"asks {prices.per_gigabyte:g} per GB and {prices.per_petaflop:g} per PFLOP, in {prices.currency!r}"
     )
-
-
-def _clock(card: backbone_pb2.Card, now: datetime) -> Finding:
-    """Judge by the sealing key, since no answer carries the time: one that has ended means a wrong clock."""
-    until = datetime.fromtimestamp(card.key_bundle.not_after, UTC)
-    if now >= until:
-        cure = "Set the clock of this machine (or of the cloud): they differ."
-        return Finding("clock", False, f"the cloud's sealing key ended at {until:%Y-%m-%d %H:%M} UTC", cure)
-    return Finding("clock", True, f"the cloud's sealing key is good until {until:%Y-%m-%d %H:%M} UTC")
 
 
 def _round_trip(channel: grpc.Channel, timeout_s: float) -> Finding:

@@ -18,6 +18,7 @@ from tightbeam.common.devices import choose_device, choose_dtype
 from tightbeam.common.errors import TightbeamError, UsageError
 from tightbeam.edge.adapters import resolve_targets
 from tightbeam.edge.connection import Cloud, connect
+from tightbeam.edge.progress import say
 from tightbeam.edge.run import run_recipe
 from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
 from tightbeam.edge.weights import local_source
@@ -29,7 +30,7 @@ def main(mode: str) -> int:
     """Train the recipe on standard input; gives the exit code."""
     recipe = recipe_from_mapping(yaml.safe_load(sys.stdin.read()))
     console = Console(stderr=True)
-    console.print(f"mode {mode}", highlight=False)
+    say(console, f"mode {mode}")
     try:
         result = (
             train_whole_model(recipe, console) if mode == "local" else run_recipe(recipe, console=console)

@@ -1,7 +1,7 @@
 """`tightbeam train`: connect, load the split model, train the recipe, write the report."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -10,6 +10,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.edge.connection import connect
+from tightbeam.edge.progress import Notices, say
 from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
 
 __all__ = ["run_recipe"]
@@ -40,15 +41,34 @@ def run_recipe(recipe: Recipe, *, resume: bool = False, console: Console | None 
     """
     console = console or Console(stderr=True)
     result = train_recipe(recipe, load=lambda r: _load(r, console), resume=resume, console=console)
-    if recipe.output.report and result.exit_code == 0:
-        from tightbeam.common.costs.report import write_report
-
-        write_report([result.folder.path], result.folder.path)
+    if result.exit_code == 0:
+        for line in _summary(result, with_report=recipe.output.report):
+            say(console, line)
     return result
 
 
+def _summary(result: TrainResult, *, with_report: bool) -> Iterator[str]:
+    """What a run gave, what it cost, and where that is; writes the report."""
+    from tightbeam.common.costs.report import write_files
+    from tightbeam.common.costs.summary import summarise
+    from tightbeam.common.costs.table import sum_lines
+
+    folder = result.folder
+    losses = [loss for loss in (result.first_eval_loss, result.last_eval_loss) if loss is not None]
+    evaluated = f"; evaluation loss {' to '.join(f'{loss:.4f}' for loss in losses)}" if losses else ""
+    trained = "nothing left to train" if result.last_loss is None else f"loss {result.last_loss:.4f}"
+    yield f"Done: {result.optimizer_steps} optimizer steps, {trained}{evaluated}."
+    costs = summarise([folder.path])
+    yield from sum_lines(costs)[:1]
+    yield f"Adapter: {result.adapter}"
+    if with_report:
+        yield f"Report: {write_files(costs, folder.path)}"
+    else:
+        yield f"Report: `tightbeam report {folder.path}` writes it."
+
+
 def _load(recipe: Recipe, console: Console) -> LoadedModel:
-    section, rows = recipe.model, _Rows()
+    section, rows, notices = recipe.model, _Rows(), Notices(console)
     # A new name for every start: steps computed again after a crash are new work, and are billed as such.
     run = f"{recipe.output.name}-{uuid.uuid4().hex[:8]}"
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -65,10 +85,9 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
             identity=section.identity,
             insecure=section.insecure,
             fingerprint=section.fingerprint,
-            name=recipe.output.name,
             run=run,
             on_row=rows.add,
-            on_retry=lambda line: console.print(line, style="yellow", markup=False, highlight=False),
+            on_retry=notices,
             on_download=on_download,
         )
         try:
@@ -91,6 +110,7 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
         name=cloud.card.model,
         fingerprint=cloud.card.fingerprint,
         run=run,
+        notices=notices,
         ledger_rows=rows.others,
         card=cloud.card,
         cache_secret=cloud.cache_secret,

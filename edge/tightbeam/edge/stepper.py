@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from tightbeam.common.backbone import Segments, Taps, tap_name
@@ -111,6 +112,20 @@ class Stepper:
         rows = Answer.of(self._result(flight.job, exchange, HIDDEN), exchange, HIDDEN)
         answer = replace(rows, taps=tuple(self._taps_of(exchange, flight.job)))
         return answer if flight.job.row_map is None else answer.spread(flight.job.row_map)
+
+    def probe(self, hidden_size: int) -> None:
+        """All that a first step does, for a backward of a step that never was: nothing is computed or billed.
+
+        Raises what opening a stream and running a step raise.
+        """
+        nothing = Segments((1,), torch.zeros(1, dtype=torch.int64))
+        job = self._job(BACKWARD, next(self._numbers), nothing, "train")
+        job.add(GRADIENT, torch.zeros(1, hidden_size), self.codecs.gradients_up)
+        try:
+            self._carrier.exchange(job)
+        except UnknownStepError:
+            return
+        raise ProtocolError("The cloud answered a step that never was.")
 
     def close(self) -> None:
         """Close the channel."""

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from tightbeam.common.config import Recipe
 from tightbeam.common.costs.meter import JsonlLedger, peak_memory_bytes
 from tightbeam.common.costs.rows import StepBytes, StepRow
-from tightbeam.common.errors import BudgetError, NonFiniteError, RecipeError
+from tightbeam.common.errors import BudgetError, NonFiniteError, RecipeError, TightbeamError
 from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
@@ -35,7 +35,7 @@ from tightbeam.edge.interrupts import StopRequest
 from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
 from tightbeam.edge.offer import cost_facts
 from tightbeam.edge.plan import Plan
-from tightbeam.edge.progress import TrainingProgress
+from tightbeam.edge.progress import Notices, TrainingProgress, say
 from tightbeam.edge.side import add_side, side_of
 from tightbeam.proto.backbone_pb2 import Card
 
@@ -62,6 +62,7 @@ class LoadedModel:
     name: str = ""
     fingerprint: str = ""
     run: str = ""  # the run's name on the wire; the recipe's output.name when empty
+    notices: Notices = field(default_factory=lambda: Notices(Console(stderr=True)))
     ledger_rows: Sequence[dict[str, Any]] = ()  # what loading itself cost: "transfer" rows
     card: Card | None = None  # of the cloud; mode side builds its network after it
     cache_secret: bytes | None = None  # seals the cache of activations; None for an edge without identity
@@ -96,19 +97,31 @@ def train_recipe(
         TightbeamError: what `load` and the model's own steps raise.
 
     """
-    folder = RunFolder.open(recipe, resume=resume)
-    for path in filter(None, (recipe.data.train, recipe.data.eval)):
-        read_records(path, recipe.data.format)  # before the model is fetched: a bad line is told at once
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
-    loaded = load(recipe)
+    console = console or Console(stderr=True)
+    with RunFolder(recipe.run_folder).lock(Notices(console)):
+        folder = RunFolder.open(recipe, resume=resume)
+        for path in filter(None, (recipe.data.train, recipe.data.eval)):
+            read_records(path, recipe.data.format)  # before the model is fetched: a bad line is told at once
+        if recipe.train.threads is not None:
+            torch.set_num_threads(recipe.train.threads)
+        loaded = load(recipe)
+        try:
+            return _train(_Training(recipe, loaded, folder, console), resume)
+        finally:
+            loaded.close()
+
+
+def _train(training: "_Training", resume: bool) -> TrainResult:
+    """Train under the run's name; a start that fails before its first optimizer step does not use it up."""
+    folder = training.folder
+    folder.claim(training.recipe)  # only now: a wrong file name or an absent cloud has failed already
     try:
-        training = _Training(recipe, loaded, folder, console or Console(stderr=True))
-        folder.claim(recipe)  # only now: a wrong file name or an absent cloud must not use up the run's name
         with JsonlLedger(folder.ledger) as training.ledger:
             return training.run(resume)
-    finally:
-        loaded.close()
+    except TightbeamError:
+        if not resume and not training.tokens:
+            folder.disclaim(keep_ledger=training.moved.wire_total_bytes > 0)
+        raise
 
 
 @dataclass
@@ -188,7 +201,7 @@ class _Training:
                 progress.say(f"Stopped at once. --resume goes on from the last of {self.folder.checkpoints}.")
                 return self._result(-1, None)
         if stop.requested:
-            self.console.print(f"Stopped after step {done}. Go on with --resume.", highlight=False)
+            say(self.console, f"Stopped after step {done}. Go on with --resume.")
             return self._result(done, None)
         adapter = save_adapter(self.folder.adapter, self.model, self.recipe, self.loaded.fingerprint)
         return self._result(done, adapter)
@@ -220,6 +233,7 @@ class _Training:
     def _optimizer_step(self, step: int) -> dict[str, Any]:
         """Run one optimizer step; the weights change only when loss and gradients are finite."""
         began = time.perf_counter()
+        self.loaded.notices.at = f"step {step + 1}/{self.plan.total_steps}"
         self.mode.before_step(step)
         self.model.train()
         batches = [self._batch(self.train, rows) for rows in self.plan.micro_batches(step)]
@@ -257,7 +271,7 @@ class _Training:
             peak_memory_bytes=peak_memory_bytes(str(self.model.device)),
         )
         up, down = self.moved.wire_up_bytes, self.moved.wire_down_bytes
-        self.progress.step(loss=loss, tokens=tokens, up_bytes=up, down_bytes=down)
+        self.progress.step(loss=loss, tokens=tokens, wall_s=wall_s, up_bytes=up, down_bytes=down)
         moved, self.step_moved = self.step_moved, StepBytes()
         return {
             "optimizer_step": step,
@@ -277,6 +291,7 @@ class _Training:
         """Mean loss over all learned tokens of the evaluation data, in nats."""
         if not self.eval:
             return None
+        self.loaded.notices.at = f"evaluation after step {step}"
         self.mode.before_evaluation()
         self.model.eval()
         total, learned, tokens = 0.0, 0, 0
@@ -312,7 +327,7 @@ class _Training:
             if path is not None
         ]
         for warning in (line for dataset in datasets for line in dataset.warnings()):
-            self.console.print(warning, markup=False, highlight=False, soft_wrap=True)
+            say(self.console, warning)
         train = datasets[0].examples
         if section.eval_fraction:
             return split_examples(train, section.eval_fraction, section.shuffle_seed)
@@ -321,11 +336,9 @@ class _Training:
     def _resume(self) -> Position:
         path = latest(self.folder.checkpoints, self._warn)
         if path is None:
-            self.console.print(
-                f"{self.folder.path} has no checkpoint yet: starting at step 0.", highlight=False
-            )
+            say(self.console, f"{self.folder.path} has no checkpoint yet: starting at step 0.")
             return Position()
-        self.console.print(f"Going on from {path}.", markup=False, highlight=False)
+        say(self.console, f"Going on from {path}.")
         return load_checkpoint(
             path,
             model=self.model,
@@ -335,7 +348,7 @@ class _Training:
         )
 
     def _warn(self, line: str) -> None:
-        self.console.print(line, style="yellow", markup=False, highlight=False)
+        say(self.console, line, "yellow")
 
     def _job(self) -> Job:
         return Job(

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tightbeam.common.config import Codecs, Section, SideSection, checked_section
+from tightbeam.common.config import Address, Codecs, CutText, Section, SideSection, checked_section
 from tightbeam.common.config_yaml import read_mapping
 from tightbeam.simulations.profiles import DEVICES, NETWORKS, Budget, DeviceProfile, NetworkProfile
 
@@ -44,7 +44,6 @@ FLOWER_STRATEGIES = ("fedavgm", "fedadam", "fedyogi", "fedmedian", "krum")
 SECURE_STRATEGIES = ("fedit", "ffa", "fedavgm", "fedadam", "fedyogi")  # linear in the updates, up to the mean
 _ONE_SHAPE = ("fedit", *FLOWER_STRATEGIES)  # need the same rank everywhere
 _BY_LAYER = ("fedit", "ffa", "flexlora", "hetlora", "zeropad")  # a layer may come and go between rounds
-_CUT = r"^\d+:\d+$"
 
 
 def _named(table: Mapping[str, Section], what: str) -> BeforeValidator:
@@ -178,7 +177,7 @@ class ClientSection(Section):
     cache_gb: float = Field(
         default=5.0, ge=0, description="Most of what crosses once to keep, 10^9 bytes; 0 keeps nothing."
     )
-    cut: str = Field(default="4:4", pattern=_CUT, description="k:m, blocks at the edge.")
+    cut: CutText = Field(default="4:4", description="k:m, blocks at the edge.")
     codec: Codecs = Field(default_factory=Codecs, description="How tensors become bytes.")
     r: int = Field(default=8, ge=1, description="Rank of the adapter.")
     network: Network = Field(default=NETWORKS["home"], description="Name or numbers.")
@@ -208,7 +207,7 @@ class GroupSection(Section):
     side: SideSection | None = None
     share: Share | None = None
     cache_gb: float | None = Field(default=None, ge=0)
-    cut: str | None = Field(default=None, pattern=_CUT)
+    cut: CutText | None = None
     codec: Codecs | None = None
     r: int | None = Field(default=None, ge=1)
     network: Network | None = None
@@ -230,9 +229,7 @@ class FaultsSection(Section):
 class CloudSection(Section):
     """Where the trunk is."""
 
-    address: str | None = Field(
-        default=None, pattern=r"^.+:\d{1,5}$", description="host:port; one is started if left out."
-    )
+    address: Address | None = Field(default=None, description="host:port; one is started if left out.")
     identities: Path | None = Field(
         default=None, description="Folder of `tightbeam certs init` with one identity per client name."
     )

@@ -16,6 +16,7 @@ from tightbeam.common.costs.pages import render
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.costs.schema import Edge
 from tightbeam.common.costs.summary import summarise
+from tightbeam.common.costs.table import standard_output
 from tightbeam.common.costs.units import bytes_text, count_text, flops_text, money_text, seconds_text
 from tightbeam.common.runs import atomic_write
 
@@ -115,7 +116,7 @@ def _whose_prices(results: Sequence[ModeResult]) -> str:
 
 def print_comparison(results: Sequence[ModeResult], console: Console | None = None) -> None:
     """Print one column per mode, then what the cloud saw in each; to standard output by default."""
-    console = console or Console()
+    console = console or standard_output()
     table = Table(
         title="One task in several modes", title_justify="left", title_style="bold", show_edge=False
     )

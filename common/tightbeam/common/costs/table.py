@@ -16,12 +16,20 @@ from tightbeam.common.costs.units import (
     seconds_text,
 )
 
-__all__ = ["print_table"]
+__all__ = ["print_table", "standard_output", "sum_lines"]
+
+_UNBROKEN = 10_000  # columns
+
+
+def standard_output() -> Console:
+    """Standard output; where that is no terminal, lines are as long as they need to be."""
+    console = Console()
+    return console if console.is_terminal else Console(width=_UNBROKEN)
 
 
 def print_table(costs: Costs, console: Console | None = None) -> None:
     """Print one column per edge, then totals, price and energy, to standard output unless told otherwise."""
-    console = console or Console()
+    console = console or standard_output()
     table = Table(title="What this run cost", title_justify="left", title_style="bold", show_edge=False)
     table.add_column("")
     for edge in costs.edges:
@@ -30,7 +38,7 @@ def print_table(costs: Costs, console: Console | None = None) -> None:
     for label in columns[0]:
         table.add_row(label, *(column[label] for column in columns))
     console.print(table)
-    for line in _sums(costs):
+    for line in sum_lines(costs):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -64,7 +72,8 @@ def _column(edge: Edge) -> dict[str, str]:
     }
 
 
-def _sums(costs: Costs) -> list[str]:
+def sum_lines(costs: Costs) -> list[str]:
+    """Price, energy, and other modes of the job, a line each."""
     total, currency = costs.total, costs.prices.currency
     parts = {
         "training": total.training.money,

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightbeam.common.errors import IntegrityError
-from tightbeam.edge.cache.lock import FolderLock
 from tightbeam.edge.cache.shards import Shard, read_header
-from tightbeam.edge.cache.store import open_keys, read_facts, shard_paths
+from tightbeam.edge.cache.store import lock_cache, open_keys, read_facts, shard_paths
 
 __all__ = ["CacheInfo", "ScopeInfo", "clear_cache", "inspect_cache", "verify_cache"]
 
@@ -77,7 +76,7 @@ def verify_cache(folder: Path, secret: bytes | None) -> tuple[int, list[str]]:
         UsageError: It is no cache, or in use.
     """
     read_facts(folder)
-    lock = FolderLock(folder)
+    lock = lock_cache(folder)
     good, problems = 0, []
     try:
         keys = open_keys(folder, secret)
@@ -106,7 +105,7 @@ def clear_cache(folder: Path) -> int:
         UsageError: The folder is no cache, or in use.
     """
     read_facts(folder)
-    lock = FolderLock(folder)
+    lock = lock_cache(folder)
     freed = 0
     try:
         # cache.json last: a kill in between leaves a folder that can be cleared again.
@@ -116,6 +115,5 @@ def clear_cache(folder: Path) -> int:
                 freed += path.stat().st_size
                 path.unlink()
     finally:
-        lock.release()
-    (folder / "lock").unlink(missing_ok=True)
+        lock.release(remove=True)
     return freed

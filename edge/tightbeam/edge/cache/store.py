@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from tightbeam.common.errors import IdentityError, IntegrityError, TightbeamError, UsageError
+from tightbeam.common.locks import FolderLock
 from tightbeam.common.runs import atomic_write, write_failed
 from tightbeam.edge.cache.keys import CacheKeys, Scope
-from tightbeam.edge.cache.lock import FolderLock
 from tightbeam.edge.cache.shards import OVERHEAD_BYTES, SUFFIX, OpenShard, Shard
 
-__all__ = ["ActivationCache", "open_keys", "read_facts", "shard_paths"]
+__all__ = ["ActivationCache", "lock_cache", "open_keys", "read_facts", "shard_paths"]
 
 _SHARD_BYTES = 64 * 2**20
 _RESERVE_BYTES = 4096  # cache.json, key, and the header of a shard just begun
@@ -60,8 +60,7 @@ class ActivationCache:
         self.folder, self.scope = Path(folder), scope
         self._max_bytes, self._warn, self._shard_bytes = max_bytes, warn, shard_bytes
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FolderLock(self.folder)
+            self._lock = lock_cache(self.folder)
         except OSError as error:
             raise write_failed(self.folder, error) from error
         self._full = self._disk_failed = False
@@ -199,6 +198,12 @@ class ActivationCache:
 def shard_paths(folder: Path) -> list[Path]:
     """Shards of a folder, in a fixed order."""
     return sorted(folder.glob(f"*{SUFFIX}"))
+
+
+def lock_cache(folder: Path) -> FolderLock:
+    """The lock of a cache's folder; raises `UsageError` when another process has it."""
+    cure = "Wait until it ends, or give this run its own cache.dir."
+    return FolderLock(folder, what=f"The cache {folder}", cure=cure)
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Budget:
     max_bytes: float  # infinite without a budget
     forward_per_token: float = 0.0
     training_per_token: float = 0.0
+    resumable: bool = True  # with another budget
 
     @classmethod
     def of(cls, recipe: Recipe, model: PeftModel) -> "Budget":
@@ -43,7 +44,8 @@ class Budget:
         width = int(base.config.get_text_config().hidden_size)
         tapped = {"num_taps": len(taps.blocks), "tap_size": taps.size} if taps else {}
         row = TokenBytes.of(width, codecs.model_dump(), **tapped)
-        return cls(recipe.train.max_mb * 1e6, row.forward, row.training)
+        resumable = recipe.train.freeze_bottom_after is None
+        return cls(recipe.train.max_mb * 1e6, row.forward, row.training, resumable)
 
     @property
     def is_set(self) -> bool:
@@ -70,10 +72,12 @@ class Budget:
     def check(self, moved_bytes: int, next_bytes: float, step: int) -> None:
         """Raise `BudgetError` when so much more does not fit."""
         if not self.allows(moved_bytes, next_bytes):
+            go_on = "Go on with --resume and" if step and self.resumable else "Start a run with"
             raise BudgetError(
                 f"After {step} optimizer steps {moved_bytes / 1e6:.1f} MB have crossed; the next needs up to "
                 f"{next_bytes / 1e6:.1f} MB, and train.max_mb is {self.max_bytes / 1e6:g}.",
-                cure="Set train.freeze_bottom_after: auto, a smaller codec, or a larger train.max_mb.",
+                cure=f"{go_on} a larger train.max_mb, or start one with a smaller codec or "
+                "train.freeze_bottom_after: auto.",
             )
 
 
