@@ -26,6 +26,7 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.edge import Cloud, connect
+from tightbeam.proto import backbone_pb2 as pb
 
 Clouds = Callable[[str], InProcessCloud]
 
@@ -108,7 +109,7 @@ def test_only_the_blobs_of_the_cut_are_fetched(
     with connect(tiny_cloud("llama").address, insecure=True, on_row=rows.append) as edge:
         edge.load_model("1:2")
         first = {row["name"] for row in rows}
-        assert first == {"embedding", "rest", "block.0", "block.4", "block.5"}
+        assert first == {"embedding", "rest", "block.0", "block.4", "block.5", "file/generation_config.json"}
         sizes = {blob.name: blob.num_bytes for blob in edge.card.blobs}
         for row in rows:
             assert row["kind"] == "weights"
@@ -189,12 +190,12 @@ def test_a_run_has_a_name_of_its_own(tiny_cloud: Clouds) -> None:
 
 
 def test_a_download_that_the_cloud_does_not_have(edge: Cloud) -> None:
+    fetch, blob = edge._store._fetch, edge.card.blobs[0]
     with pytest.raises(TightbeamError, match="no such blob"):
-        list(edge._fetch("ab" * 32, 0))
-    blob = edge.card.blobs[0]
-    assert list(edge._fetch(blob.sha256, blob.num_bytes)) == []
+        list(fetch(pb.Blob(sha256="ab" * 32), 0))
+    assert list(fetch(blob, blob.num_bytes)) == []
     with pytest.raises(TightbeamError, match="no such blob"):
-        list(edge._fetch(blob.sha256, blob.num_bytes + 1))
+        list(fetch(blob, blob.num_bytes + 1))
 
 
 def test_after_close_steps_fail(tiny_cloud: Clouds) -> None:

@@ -2,11 +2,10 @@
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ class Source:
         self.data, self.stop_after = data, stop_after
         self.asked: list[int] = []
 
-    def __call__(self, sha256: str, offset: int) -> Iterator[bytes]:
+    def __call__(self, blob: Blob, offset: int) -> Iterator[bytes]:
         self.asked.append(offset)
         for sent, start in enumerate(range(offset, len(self.data), 1000)):
             if sent == self.stop_after:
@@ -69,7 +68,7 @@ from pathlib import Path
 from tightbeam.edge.weights import BlobStore
 from tightbeam.proto.backbone_pb2 import Blob
 folder, data = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
-def fetch(sha256, offset):
+def fetch(blob, offset):
     for start in range(offset, len(data), 1000):
         if start == 5000:
             print("half way", flush=True)
@@ -80,10 +79,10 @@ print(BlobStore(folder, fetch).get(Blob(name="b", sha256=sys.argv[3], num_bytes=
 """
 
 
-def _half_way(folder: Path) -> "subprocess.Popen[str]":
+def _half_way(folder: Path, inside: Sequence[str] = ()) -> "subprocess.Popen[str]":
     """Another process in the middle of a download: it goes on or dies as its input says."""
     (folder / "data").write_bytes(_DATA)
-    command = [sys.executable, "-c", _CHILD, str(folder), str(folder / "data"), _blob().sha256]
+    command = [*inside, sys.executable, "-c", _CHILD, str(folder), str(folder / "data"), _blob().sha256]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert child.stdout is not None
     assert child.stdout.readline() == "half way\n"
@@ -136,7 +135,7 @@ def test_other_bytes_are_not_kept(tmp_path: Path, sent: bytes) -> None:
 
 
 def test_a_cloud_that_never_stops_sending_is_stopped(tmp_path: Path) -> None:
-    def endless(sha256: str, offset: int) -> Iterator[bytes]:
+    def endless(blob: Blob, offset: int) -> Iterator[bytes]:
         for sent in range(1 << 20):
             assert sent * 1000 <= len(_DATA) + 1000
             yield bytes(1000)
@@ -146,11 +145,53 @@ def test_a_cloud_that_never_stops_sending_is_stopped(tmp_path: Path) -> None:
 
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    blob = _blob()
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "blobs" / f"{blob.sha256}.{os.getpid()}.part").mkdir()
+    (tmp_path / "blobs" / _blob().sha256).mkdir(parents=True)  # where the finished blob should go
     with pytest.raises(TightbeamError, match="TIGHTBEAM_CACHE"):
-        BlobStore(tmp_path, Source()).get(blob)
+        BlobStore(tmp_path, Source()).get(_blob())
+
+
+def test_a_blob_that_the_disk_cannot_hold_is_not_begun(tmp_path: Path) -> None:
+    source, blob = Source(), _blob()
+    blob.num_bytes = 1 << 62
+    with pytest.raises(TightbeamError, match=r"4611686018\.43 GB, and .* GB free\. Free disk space"):
+        BlobStore(tmp_path, source).get(blob)
+    assert source.asked == []
+
+
+def test_a_damaged_blob_of_the_cache_is_fetched_again(tmp_path: Path) -> None:
+    source = Source()
+    target = BlobStore(tmp_path, source).get(_blob())
+    target.write_bytes(bytes(len(_DATA)))
+    store = BlobStore(tmp_path, source)
+    assert store.get(_blob()).read_bytes() == store.get(_blob()).read_bytes() == _DATA
+    assert source.asked == [0, 0]
+
+
+def test_what_is_hashed_is_what_is_on_disk(tmp_path: Path) -> None:
+    """Another process that takes the partial file for its own may write what it likes."""
+
+    def meddled(blob: Blob, offset: int) -> Iterator[bytes]:
+        yield _DATA
+        (part,) = (tmp_path / "blobs").iterdir()
+        with part.open("r+b") as stream:
+            stream.write(b"another's")
+
+    with pytest.raises(IntegrityError, match="does not have the hash"):
+        BlobStore(tmp_path, meddled).get(_blob())
+    assert _left(tmp_path) == []
+
+
+def test_two_containers_fetch_the_same_blob(tmp_path: Path) -> None:
+    """Each has processes of its own: the same id in both, and nobody sees the other's."""
+    inside = ["unshare", "--user", "--map-root-user", "--pid", "--fork"]
+    if subprocess.run([*inside, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no process namespaces here")
+    children = [_half_way(tmp_path, inside) for _ in range(2)]
+    for child in children:
+        out, _ = child.communicate("go on\n", timeout=60)
+        assert (child.returncode, out) == (0, f"{_blob().sha256}\n")
+    assert (tmp_path / "blobs" / _blob().sha256).read_bytes() == _DATA
+    assert _left(tmp_path) == [_blob().sha256]
 
 
 def test_a_weight_blob_that_is_no_safetensors(tmp_path: Path) -> None:

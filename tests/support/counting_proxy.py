@@ -17,6 +17,8 @@ class CountingProxy:
         self._lock = threading.Lock()
         self._sockets: list[socket.socket] = []
         self._threads: list[threading.Thread] = []
+        self._passing = threading.Event()
+        self._passing.set()
         self.up_bytes = 0
         self.down_bytes = 0
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -35,6 +37,19 @@ class CountingProxy:
         """`(up_bytes, down_bytes)` so far."""
         with self._lock:
             return self.up_bytes, self.down_bytes
+
+    def stall(self, seconds: float) -> None:
+        """Take nothing more for so long; connections stay open."""
+        self._passing.clear()
+        threading.Timer(seconds, self._passing.set).start()
+
+    def cut(self) -> None:
+        """Reset every connection; new ones are served."""
+        with self._lock:
+            sockets = list(self._sockets)
+        for sock in sockets:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Stop listening and cut every connection."""
@@ -78,6 +93,7 @@ class CountingProxy:
                 with self._lock:
                     setattr(self, counter, getattr(self, counter) + len(data))
                 sink.sendall(data)
+                self._passing.wait()
         for sock in (source, sink):
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)

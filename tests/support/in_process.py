@@ -197,7 +197,7 @@ class InProcessCloud:
             self.card,
             Cut.parse(cut),
             stepper,
-            BlobStore(self._folder / "cache", self.fetch),
+            BlobStore(self._folder / "cache", lambda blob, offset: self.fetch(blob.sha256, offset)),
             dtype=torch.float32,
             device=torch.device("cpu"),
         )

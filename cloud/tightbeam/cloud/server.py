@@ -27,6 +27,7 @@ from tightbeam.common.devices import free_memory_bytes
 from tightbeam.common.errors import IdentityError, UsageError
 from tightbeam.common.identity import Identity, Role, ephemeral_identity, load_identity
 from tightbeam.common.wire.handshake import CloudKeys
+from tightbeam.common.wire.lines import LIVENESS
 from tightbeam.common.wire.records import CHUNK_BYTES
 from tightbeam.proto import backbone_pb2 as pb
 
@@ -39,9 +40,7 @@ _DRAIN_S = 30.0
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
     ("grpc.max_receive_message_length", CHUNK_BYTES + 65536),
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),
-    ("grpc.http2.max_pings_without_data", 0),
+    *LIVENESS,
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
     ("grpc.server_handshake_timeout_ms", 10_000),
 ]

@@ -12,6 +12,7 @@ from tightbeam.cloud.admission import Opening, Quota
 from tightbeam.cloud.rpc import Context, abort
 from tightbeam.cloud.steps import StepRunner
 from tightbeam.common.errors import CloudUnavailableError, TightbeamError
+from tightbeam.common.wire.lines import PATIENCE_S
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.proto import backbone_pb2 as pb
 
@@ -19,7 +20,7 @@ __all__ = ["StepStream"]
 
 _log = logging.getLogger(__name__)
 _STEPS_IN_FLIGHT = 8  # a client that sends more waits
-STALL_S = 60.0  # for the next record of a message, either way
+STALL_S = PATIENCE_S  # for the next record of a message, either way
 
 
 class StepStream:

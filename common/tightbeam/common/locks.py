@@ -22,7 +22,12 @@ import psutil
 
 from tightbeam.common.errors import UsageError
 
-__all__ = ["FolderLock", "Holder"]
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+__all__ = ["FolderLock", "Holder", "lock_file"]
 
 _TAKEN = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES, errno.EDEADLK)
 
@@ -117,7 +122,7 @@ class FolderLock:
             except FileNotFoundError:
                 continue  # an unused folder was taken away in between
             try:
-                _lock(file.fileno())
+                lock_file(file.fileno())
             except OSError as error:
                 return file, None if error.errno in _TAKEN else False
             with contextlib.suppress(FileNotFoundError):
@@ -132,15 +137,10 @@ class FolderLock:
             self._file.flush()
 
 
-if sys.platform == "win32":
-    import msvcrt
-
-    def _lock(handle: int) -> None:
-        os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond the note: what is locked cannot be read by others
+def lock_file(handle: int) -> None:
+    """Lock an open file; raises OSError when another process has."""
+    if sys.platform == "win32":
+        os.lseek(handle, 1 << 30, os.SEEK_SET)  # beyond a note: what is locked cannot be read by others
         msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-
-else:
-    import fcntl
-
-    def _lock(handle: int) -> None:
+    else:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -18,7 +18,7 @@ import json
 import os
 import platform
 import sys
-import threading
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -58,8 +58,9 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     temporary: str | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # not mkstemp: its 0600 would follow the file to its place, where others may need to read it
-        temporary = str(path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp"))
+        # random, for containers have the same process ids; not mkstemp: its 0600 would follow the file to its
+        # place, where others may need to read it
+        temporary = str(path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp"))
         with open(temporary, "wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()

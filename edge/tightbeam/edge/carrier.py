@@ -9,23 +9,24 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from tightbeam.common.errors import IntegrityError, TightbeamError, error_from_code
+from tightbeam.common.errors import CloudUnavailableError, IntegrityError, TightbeamError, error_from_code
 from tightbeam.edge.channel import Channel, Exchange
 from tightbeam.edge.jobs import Job
 from tightbeam.proto.backbone_pb2 import StepReply
 
-__all__ = ["Carrier", "Flight", "RetryPolicy"]
+__all__ = ["Carrier", "Flight", "Retries", "RetryPolicy"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RetryPolicy:
     """How long transient failures are retried; printed with every retry."""
 
-    give_up_after_s: float = 120.0
+    give_up_after_s: float = 120.0  # without anything that got through
     first_wait_s: float = 0.25
     longest_wait_s: float = 10.0
     longest_silence_s: float = 600.0  # of a cloud that is there but does not answer a step
     max_integrity_failures: int = 3  # a wire that keeps altering records is not a transient fault
+    max_broken: int = 5  # times that a step breaks off on its way and the clock of the limit starts anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,32 @@ class Flight:
         return self.future.done()
 
 
+class Retries:
+    """Whether something that failed is tried again; waits before it is."""
+
+    def __init__(self, policy: RetryPolicy, on_retry: Callable[[str], None]) -> None:
+        self._policy, self._on_retry = policy, on_retry
+        self.moved()
+
+    def moved(self) -> None:
+        """Something got through: the limit's clock starts with the next failure."""
+        self._until_s: float | None = None
+        self._wait_s = self._policy.first_wait_s
+
+    def failed(
+        self, error: TightbeamError, what: str = "", *, transient: bool | None = None, note: str = ""
+    ) -> None:
+        """Say so and wait before the next attempt; raises the error when it is permanent or too late."""
+        now_s = time.monotonic()
+        self._until_s = self._until_s or now_s + self._policy.give_up_after_s
+        left_s = self._until_s - now_s
+        if not (error.transient if transient is None else transient) or left_s <= 0:
+            raise error
+        self._on_retry(f"{error.message} Retrying {what}for up to {left_s:.0f} s more{note}.")
+        time.sleep(min(self._wait_s, left_s))
+        self._wait_s = min(2 * self._wait_s, self._policy.longest_wait_s)
+
+
 class Carrier:
     """Holds the channel, and opens another when it breaks."""
 
@@ -50,7 +77,6 @@ class Carrier:
     ) -> None:
         self._open_channel, self._policy, self._on_retry = open_channel, policy, on_retry
         self._channel: Channel | None = None
-        self.num_sessions = 0  # opened so far
 
     def start(self, job: Job) -> Flight:
         """Send a job and do not wait for its answer; what fails here is raised by `exchange`."""
@@ -58,7 +84,6 @@ class Carrier:
         try:
             if self._channel is None:
                 self._channel = self._open_channel()
-                self.num_sessions += 1
             return Flight(job, self._channel, self._channel.submit(job.header, job.payloads))
         except TightbeamError as error:
             failed: Future[Exchange] = Future()
@@ -67,26 +92,27 @@ class Carrier:
 
     def exchange(self, job: Job, flight: Flight | None = None) -> Exchange:
         """Wait for the answer of a job, which may be on its way already, and send it again if need be."""
-        started_s, wait_s, num_integrity = time.monotonic(), self._policy.first_wait_s, 0
+        retries, num_integrity, num_broken = Retries(self._policy, self._on_retry), 0, 0
         while True:
+            flight, started_s = flight or self.start(job), time.monotonic()
             try:
-                return self._attempt(flight or self.start(job))
+                return self._attempt(flight)
             except TightbeamError as error:
-                altered = isinstance(error, IntegrityError)
-                num_integrity += altered
-                retry = error.transient or (altered and num_integrity <= self._policy.max_integrity_failures)
-                left_s = self._policy.give_up_after_s - (time.monotonic() - started_s)
-                if not retry or left_s <= 0:
-                    raise
-                limit = f"for up to {left_s:.0f} s more"
+                altered, note = isinstance(error, IntegrityError), ""
                 if altered:
-                    limit += (
-                        f"; altered {num_integrity} of at most {self._policy.max_integrity_failures} times"
-                    )
-                self._on_retry(f"{error.message} Retrying {limit}.")
+                    num_integrity += 1
+                    limit = self._policy.max_integrity_failures
+                    note = f"; altered {num_integrity} of at most {limit} times"
+                    if num_integrity > limit:
+                        raise
+                # a step may well take longer than the limit; one that nobody answers is no sign of life
+                silent = time.monotonic() - started_s >= self._policy.longest_silence_s
+                if isinstance(error, CloudUnavailableError) and flight.channel is not None and not silent:
+                    num_broken += 1
+                    if num_broken <= self._policy.max_broken:
+                        retries.moved()
+                retries.failed(error, transient=error.transient or altered, note=note)
             flight = None
-            time.sleep(min(wait_s, max(left_s, 0.0)))
-            wait_s = min(2 * wait_s, self._policy.longest_wait_s)
 
     def close(self) -> None:
         """Close the channel."""

@@ -27,6 +27,7 @@ from tightbeam.common.errors import (
     TightbeamError,
 )
 from tightbeam.common.wire.handshake import Session
+from tightbeam.common.wire.lines import PATIENCE_S
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
 from tightbeam.common.wire.stepping import SESSION_KEY
@@ -34,7 +35,6 @@ from tightbeam.proto.backbone_pb2 import StepReply, StepRequest
 
 __all__ = ["Channel", "Exchange", "GrpcChannel", "error_from_rpc"]
 
-_STALL_S = 60.0  # for the next record of a reply that has begun
 STEPS_METHOD = "/tightbeam.v1.Backbone/Steps"
 
 
@@ -138,7 +138,7 @@ class GrpcChannel:
             if self.abandoned:
                 self._end()
                 break
-            limit_s = min(self._silence_s, self._silence_s if self._reader.idle else _STALL_S)
+            limit_s = self._silence_s if self._reader.idle else min(self._silence_s, PATIENCE_S)
             if self._pending and time.monotonic() - self._last_record_s > limit_s:
                 self._fail(CloudUnavailableError(f"The cloud has sent nothing for {limit_s:.0f} s."))
                 self._call.cancel()

@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,7 +19,6 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from tightbeam.common.addresses import is_loopback, split_address
 from tightbeam.common.backbone import Cut, CutPolicy
 from tightbeam.common.config import Codecs
-from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.devices import choose_device, choose_dtype
@@ -34,11 +33,13 @@ from tightbeam.common.files import cache_folder
 from tightbeam.common.identity import Identity, Role, ephemeral_identity, load_identity
 from tightbeam.common.wire.codecs import lossless
 from tightbeam.common.wire.handshake import ClientHandshake, verify_bundle
+from tightbeam.common.wire.lines import LIVENESS, PATIENCE_S
 from tightbeam.common.wire.records import CHUNK_BYTES, PROTOCOL
 from tightbeam.common.wire.stepping import TENANT_KEY
 from tightbeam.edge.cache.keys import identity_secret
 from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel, GrpcChannel, error_from_rpc
+from tightbeam.edge.downloads import Downloads
 from tightbeam.edge.offer import asked_by, require_same
 from tightbeam.edge.side import add_side, load_side
 from tightbeam.edge.split_model import build_split_model
@@ -49,13 +50,11 @@ from tightbeam.proto.backbone_pb2_grpc import BackboneStub
 
 __all__ = ["Cloud", "connect"]
 
-_CALL_S = 30.0  # deadline of unary calls
+_GREETING_S = 30.0  # for the first answer of a cloud
 _OPTIONS: list[tuple[str, Any]] = [
+    *LIVENESS,
     ("grpc.max_receive_message_length", CHUNK_BYTES + 65536),
     ("grpc.enable_retries", 0),  # a step is sent again by the stepper, sealed afresh
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # keepalive_timeout does not detect a hung peer
-    ("grpc.http2.max_pings_without_data", 0),
     ("grpc.initial_reconnect_backoff_ms", 250),
     ("grpc.max_reconnect_backoff_ms", 5_000),
 ]
@@ -159,7 +158,8 @@ class Cloud:
         self._channel, self._identity, self._tls = channel, identity, tls
         self._stub = BackboneStub(channel)
         self._on_row, self._on_retry, self._policy = on_row, on_retry, policy or RetryPolicy()
-        self._store = BlobStore(cache_folder(), self._fetch, on_download)
+        downloads = Downloads(self._stub, self._policy, tls=tls, on_row=on_row, on_retry=on_retry)
+        self._store = BlobStore(cache_folder(), downloads.fetch, on_download)
         self._steppers = weakref.WeakSet[Stepper]()
         self._numbers = itertools.count()
         self._closed = False
@@ -290,7 +290,7 @@ class Cloud:
     def usage(self) -> list[pb.RunUsage]:
         """What this tenant has used, run by run, as the cloud bills it."""
         try:
-            reply = self._stub.Usage(pb.UsageRequest(), timeout=_CALL_S, metadata=self._metadata())
+            reply = self._stub.Usage(pb.UsageRequest(), timeout=PATIENCE_S, metadata=self._metadata())
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
         return list(reply.runs)
@@ -299,7 +299,7 @@ class Cloud:
         deadline_s = time.monotonic() + wait_s
         while True:
             try:
-                self.card = self._stub.Describe(pb.DescribeRequest(), timeout=_CALL_S)
+                self.card = self._stub.Describe(pb.DescribeRequest(), timeout=_GREETING_S)
                 break
             except grpc.RpcError as error:
                 problem = error_from_rpc(error)
@@ -329,7 +329,7 @@ class Cloud:
             )
         fingerprint = self.card.fingerprint
         try:
-            card = self._stub.Describe(pb.DescribeRequest(), timeout=_CALL_S)
+            card = self._stub.Describe(pb.DescribeRequest(), timeout=PATIENCE_S)
             require_same(self.card, card)
             handshake = ClientHandshake(
                 card.key_bundle,
@@ -339,31 +339,12 @@ class Cloud:
                 fingerprint=fingerprint,
                 run=self.run,
             )
-            reply = self._stub.Handshake(handshake.request, timeout=_CALL_S)
+            reply = self._stub.Handshake(handshake.request, timeout=PATIENCE_S)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error
         return GrpcChannel(
             self._channel, handshake.finish(reply), tls=self._tls, silence_s=self._policy.longest_silence_s
         )
-
-    def _fetch(self, sha256: str, offset: int) -> Iterator[bytes]:
-        started_s, moved = time.perf_counter(), 0
-        try:
-            for chunk in self._stub.Download(pb.DownloadRequest(sha256=sha256, offset=offset)):
-                moved += wire_bytes([chunk.ByteSize()], tls=self._tls)
-                yield chunk.data
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-        finally:
-            name = next((blob.name for blob in self.card.blobs if blob.sha256 == sha256), sha256)
-            row = {
-                "row": "transfer",
-                "kind": "weights",
-                "name": name,
-                "wire_up_bytes": 0,
-                "wire_down_bytes": moved,
-            }
-            self._on_row(row | {"seconds": time.perf_counter() - started_s, "time_unix_s": time.time()})
 
     def _step_row(self, row: StepRow) -> None:
         self._on_row(row.to_json())

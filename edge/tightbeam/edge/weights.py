@@ -8,11 +8,14 @@ import hashlib
 import json
 import os
 import re
+import shutil
+import sys
 import threading
+import uuid
 from collections.abc import Callable, Iterator
+from io import BufferedIOBase
 from pathlib import Path
 
-import psutil
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -20,6 +23,7 @@ from transformers import PreTrainedModel
 from tightbeam.common.backbone import PROJECTION_BLOB, Anatomy, fingerprint, open_checkpoint
 from tightbeam.common.backbone.checkpoint import AUXILIARY_FILES
 from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
+from tightbeam.common.locks import lock_file
 from tightbeam.common.runs import atomic_write
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
@@ -27,7 +31,8 @@ __all__ = ["BlobStore", "WeightSource", "check_card", "local_source"]
 
 _NO_WEIGHTS = ("file/", PROJECTION_BLOB)  # blobs that the fingerprint does not cover
 _ONE_DOWNLOAD = threading.Lock()  # within a process; between processes, partial files have their own names
-Fetch = Callable[[str, int], Iterator[bytes]]  # sha256, offset -> pieces
+_ELSEWHERE = "Free disk space, or set TIGHTBEAM_CACHE to a folder elsewhere."
+Fetch = Callable[[Blob, int], Iterator[bytes]]  # blob, offset -> pieces
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
 WeightSource = Callable[[str], Tensor | None]  # parameter name -> tensor
 
@@ -60,6 +65,7 @@ class BlobStore:
         self, folder: Path, fetch: Fetch, progress: Progress = lambda name, done, total: None
     ) -> None:
         self._folder, self._fetch, self._progress = folder / "blobs", fetch, progress
+        self._intact: set[tuple[str, int]] = set()  # (SHA-256, time of change) of files that were read once
 
     def get(self, blob: Blob) -> Path:
         """The blob's file; downloaded from where an earlier attempt stopped, and verified."""
@@ -68,45 +74,79 @@ class BlobStore:
 
     def _get(self, blob: Blob) -> Path:
         target = self._folder / blob.sha256
-        if target.is_file() and target.stat().st_size == blob.num_bytes:
+        if target.is_file() and self._holds(target, blob):
             return target
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(f"{blob.sha256}.{os.getpid()}.part")
-        for leftover in sorted(self._folder.glob(f"{blob.sha256}.*.part")):
-            owner = re.fullmatch(r".*\.(\d+)\.part", leftover.name)
-            if owner and not psutil.pid_exists(int(owner[1])):
-                with contextlib.suppress(FileNotFoundError):  # another process was faster
-                    leftover.replace(partial)  # a killed download goes on where it stopped
-        try:
-            self._download(blob, partial)
-        except OSError as error:
+        free_bytes = shutil.disk_usage(self._folder).free
+        if blob.num_bytes > free_bytes:
             raise TightbeamError(
-                f"Cannot write {partial}: {error}.",
-                cure="Free disk space or set TIGHTBEAM_CACHE to another folder.",
-            ) from error
-        partial.replace(target)
+                f"{blob.name!r} has {blob.num_bytes / 1e9:.2f} GB, and {self._folder} is on a disk with "
+                f"{free_bytes / 1e9:.2f} GB free.",
+                cure=_ELSEWHERE,
+            )
+        try:
+            partial, stream = self._part(blob)
+            with stream:
+                self._download(blob, stream)
+                stream.seek(0)
+                intact = _is(stream, blob)  # what is on disk, whoever wrote there
+                if intact and sys.platform != "win32":
+                    partial.replace(target)  # still locked: nobody takes it for a leftover
+            if not intact:
+                partial.unlink()
+                raise IntegrityError(
+                    f"The download of {blob.name!r} does not have the hash that the cloud announced.",
+                    cure="Try again.",
+                )
+            if sys.platform == "win32":  # where an open file cannot be renamed
+                partial.replace(target)
+        except OSError as error:
+            raise TightbeamError(f"Cannot write to {self._folder}: {error}.", cure=_ELSEWHERE) from error
+        self._intact.add((blob.sha256, target.stat().st_mtime_ns))
         return target
 
-    def _download(self, blob: Blob, partial: Path) -> None:
-        digest = hashlib.sha256()
-        if partial.exists():
-            with partial.open("rb") as stopped:
-                digest = hashlib.file_digest(stopped, "sha256")
-        with partial.open("ab") as stream:
-            done = stream.tell()
-            for piece in self._fetch(blob.sha256, done) if done < blob.num_bytes else ():
-                stream.write(piece)
-                digest.update(piece)
-                done += len(piece)
-                self._progress(blob.name, done, blob.num_bytes)
-                if done > blob.num_bytes:
-                    break  # a cloud that sends without end must not fill the disk
-        if done != blob.num_bytes or digest.hexdigest() != blob.sha256:
-            partial.unlink()
-            raise IntegrityError(
-                f"The download of {blob.name!r} does not have the hash that the cloud announced.",
-                cure="Try again.",
-            )
+    def _holds(self, target: Path, blob: Blob) -> bool:
+        """Whether a file of the cache is the blob; it is read once in the life of this process."""
+        key = (blob.sha256, target.stat().st_mtime_ns)
+        if key not in self._intact:
+            with target.open("rb") as stream:
+                if not _is(stream, blob):
+                    return False
+            self._intact.add(key)
+        return True
+
+    def _part(self, blob: Blob) -> tuple[Path, BufferedIOBase]:
+        """A partial file that is this process's alone: one that a killed download left, or a new one.
+
+        Whoever writes holds its lock, which also tells between containers that share the folder.
+        """
+        for path in sorted(self._folder.glob(f"{blob.sha256}.*.part")):
+            with contextlib.suppress(OSError):  # another process has it, or was faster
+                stream = path.open("r+b")
+                try:
+                    lock_file(stream.fileno())
+                    found = os.fstat(stream.fileno())
+                    if os.path.samestat(path.stat(), found) and found.st_size < blob.num_bytes:
+                        return path, stream
+                except OSError:
+                    pass
+                stream.close()
+        path = self._folder / f"{blob.sha256}.{uuid.uuid4().hex}.part"
+        stream = path.open("x+b")
+        with contextlib.suppress(OSError):  # a file system without locks: nobody takes over what is left here
+            lock_file(stream.fileno())
+        return path, stream
+
+    def _download(self, blob: Blob, stream: BufferedIOBase) -> None:
+        done = stream.seek(0, os.SEEK_END)
+        for piece in self._fetch(blob, done) if done < blob.num_bytes else ():
+            stream.write(piece)
+            done += len(piece)
+            self._progress(blob.name, done, blob.num_bytes)
+            if done > blob.num_bytes:
+                break  # a cloud that sends without end must not fill the disk
+        stream.flush()
+        os.fsync(stream.fileno())
 
     def source(self, blobs: list[Blob]) -> WeightSource:
         """Read parameters out of weight blobs, fetching what is missing."""
@@ -141,6 +181,11 @@ class BlobStore:
             ):  # never a path of the peer's choosing
                 atomic_write(folder / name, self.get(blob).read_bytes())  # another process may be reading it
         return folder
+
+
+def _is(stream: BufferedIOBase, blob: Blob) -> bool:
+    size = os.fstat(stream.fileno()).st_size
+    return size == blob.num_bytes and hashlib.file_digest(stream, "sha256").hexdigest() == blob.sha256
 
 
 def local_source(folder: Path, card: Card, model: PreTrainedModel, anatomy: Anatomy) -> WeightSource:
