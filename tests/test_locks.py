@@ -81,15 +81,15 @@ def test_an_unused_folder_goes_away_and_comes_back(tmp_path: Path) -> None:
 def test_who_waited_while_the_folder_went_away_does_not_hold_a_file_that_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, real, first = tmp_path / "run", locks._lock, take(tmp_path / "run")
+    run, real, first = tmp_path / "run", locks.lock_file, take(tmp_path / "run")
 
     def late(handle: int) -> None:  # opened before the first let go, locks after
         first.release()
         real(handle)
 
-    monkeypatch.setattr(locks, "_lock", late)
+    monkeypatch.setattr(locks, "lock_file", late)
     with take(run):
-        monkeypatch.setattr(locks, "_lock", real)
+        monkeypatch.setattr(locks, "lock_file", real)
         with pytest.raises(UsageError, match="in use"):
             take(run)
 
@@ -97,7 +97,7 @@ def test_who_waited_while_the_folder_went_away_does_not_hold_a_file_that_is_gone
 def test_without_locks_a_process_of_this_machine_is_known_by_its_note(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(locks, "_lock", no_locks)
+    monkeypatch.setattr(locks, "lock_file", no_locks)
     note(folder, Holder.this())
     with pytest.raises(UsageError, match=f"in use by process {os.getpid()} "):
         take(folder)
