@@ -63,6 +63,30 @@ def test_flowers_own_strategy_runs_and_clients_do_not_touch_each_other() -> None
     assert found.evaluate_metrics_clientapp[2]["rounds"] == 2  # a client's own state survives
 
 
+def test_neither_side_reaches_into_what_the_other_keeps() -> None:
+    """As over a wire: a message, a reply and a state are copies, whatever is done to the objects."""
+    seen: list[RecordDict] = []
+
+    def call(message: Message, context: Context) -> Message:
+        own = context.state.config_records.setdefault("own", ConfigRecord({"calls": [0]}))
+        reply = Message(RecordDict({"own": own}), reply_to=message)
+        seen.append(reply.content)
+        message.content.array_records["arrays"].clear()
+        message.content = RecordDict()
+        return reply
+
+    grid = InProcessGrid(call, 2, {})
+    content = RecordDict({"arrays": ArrayRecord({"w": Array(np.ones(3))})})
+    sent = [Message(content, node, "train") for node in grid.get_node_ids()]
+    replies = list(grid.send_and_receive(sent))
+    assert all(list(message.content.array_records["arrays"]) == ["w"] for message in sent)
+    replies[0].content.config_records["own"]["calls"] = [1]
+    seen[0].config_records["own"]["calls"] = [2]
+    (again,) = grid.send_and_receive(sent[:1])
+    assert again.content.config_records["own"]["calls"] == [0]
+    assert again.metadata.reply_to_message_id == sent[0].metadata.message_id
+
+
 def test_every_exchange_is_counted_to_the_byte() -> None:
     grid = _run()
     assert [one.message_type for one in grid.exchanges] == (["train"] * 3 + ["evaluate"] * 3) * 2

@@ -1,13 +1,12 @@
 """Flower's grid in one process: the same apps as on a SuperLink, without Ray, sockets or waiting.
 
-Clients run one after the other, so a run is a function of its seed. Every message is serialised by Flower's
-own code, for its exact size, and what an app gets is its own copy: Flower hands one record to many clients,
-and what one client changes must not reach the next.
+Clients run one after the other, so a run is a function of its seed. Every message and every client's state
+go through Flower's own protobufs, as on a wire: for the exact size, and so that either side gets a copy. What
+a client does to a message reaches neither the server, which keeps what it sent, nor the next client.
 
 One name is not public in flwr 1.41 and 1.42: `TaskIdentity`, which `Message(...)` reads run and node from.
 """
 
-import copy
 import time
 import uuid
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from flwr.app import Context, Message, RecordDict
-from flwr.common.serde import recorddict_to_proto
+from flwr.common.serde import (
+    context_from_proto,
+    context_to_proto,
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
 from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -119,14 +125,15 @@ class InProcessGrid(Grid):
         context = self._contexts[message.metadata.dst_node_id]
         partition = int(context.node_config["partition-id"])
         self._on_start(partition, message.metadata.message_type)
-        down_bytes = message_bytes(message)
-        message.content = copy.deepcopy(message.content)
-        reply = self._app(message, context)
+        down, own = message_to_proto(message), context_from_proto(context_to_proto(context))
+        up = message_to_proto(self._app(message_from_proto(down), own))
+        context.state = recorddict_from_proto(recorddict_to_proto(own.state))
+        reply = message_from_proto(up)
         exchange = Exchange(
             partition,
             message.metadata.message_type,
-            down_bytes,
-            message_bytes(reply),
+            down.content.ByteSize(),
+            up.content.ByteSize(),
             time.perf_counter() - began_s,
         )
         self.exchanges.append(exchange)
