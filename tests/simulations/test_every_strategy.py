@@ -92,5 +92,5 @@ def test_a_round_goes_through(
     assert [row["status"] for row in rows] == ["ok"] * 3 * scenario.rounds, rows
     assert [row["updates"] for row in playground.rows(scenario, "round")] == [3] * scenario.rounds
     before, after = playground.state(scenario, scenario.rounds - 1), playground.state(scenario)
-    assert any(not np.array_equal(after[tensor], before.get(tensor)) for tensor in after)
+    assert any(tensor not in before or not np.array_equal(after[tensor], before[tensor]) for tensor in after)
     assert all(np.isfinite(array).all() for array in after.values())
