@@ -56,7 +56,7 @@ def test_tokens_and_positions_make_the_key() -> None:
     ("field", "value"),
     [
         ("fingerprint", "cd" * 32), ("cut", "2:3"), ("bottom_sha256", "ee" * 32), ("codec_up", "int8"),
-        ("codec_down", "int8"), ("dtype", "bfloat16"), ("taps", ("4",)),
+        ("codec_down", "int8"), ("dtype", "bfloat16"), ("trunk_dtype", "bfloat16"), ("taps", ("4",)),
     ],
 )  # fmt: skip
 def test_another_scope_never_sees_the_entries(tmp_path: Path, field: str, value: object) -> None:

@@ -72,7 +72,7 @@ def _save(folder: Path, state: State, step: int, keep: int = 2) -> Path:
         scheduler=scheduler,
         position=Position(optimizer_step=step, epoch=1, batch=4, tokens=55),
         random_state=RandomState.capture(),
-        numbers_sha256="n",
+        facts={"recipe": "n"},
         keep=keep,
     )
 
@@ -80,7 +80,7 @@ def _save(folder: Path, state: State, step: int, keep: int = 2) -> Path:
 def _load(path: Path, state: State, numbers: str = "n") -> Position:
     model, optimizer, scheduler = state
     return load_checkpoint(
-        path, model=model, optimizer=optimizer, scheduler=scheduler, numbers_sha256=numbers
+        path, model=model, optimizer=optimizer, scheduler=scheduler, facts={"recipe": numbers}
     )
 
 
@@ -199,7 +199,7 @@ def test_a_good_checkpoint_is_not_written_twice_and_a_damaged_one_is(tmp_path: P
 
 def test_another_recipe_or_another_adapter_is_refused(tmp_path: Path) -> None:
     path = _save(tmp_path, _state(), 1)
-    with pytest.raises(RecipeError, match="taken under another recipe"):
+    with pytest.raises(RecipeError, match="taken with something else: recipe was n and is now m"):
         _load(path, _state(), numbers="m")
     with pytest.raises(TightbeamError, match=r"does not fit this adapter, first at .*\.lora_"):
         _load(path, _state(AdapterSection(r=2, target_modules=["q_proj"])))

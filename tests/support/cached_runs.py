@@ -126,6 +126,7 @@ def train_over(
             run,
             lambda: _Recorder(cloud.open_channel(run, recipe.cut), crossing),
             codecs,
+            trunk_dtype=cloud.card.dtype,
             max_tokens_per_step=max_tokens_per_step,
             share_prefixes=share_prefixes,
             on_row=on_row,

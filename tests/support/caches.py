@@ -7,8 +7,8 @@ from tightbeam.edge.cache import ActivationCache, Scope, sample_digest
 __all__ = ["SCOPE", "SECRET", "digest", "filled", "opened", "payload"]
 
 SCOPE = Scope(
-    fingerprint="ab" * 32, cut="2:2", bottom_sha256="", codec_up="fp32", codec_down="fp32", dtype="float32",
-    hidden_size=8,
+    fingerprint="ab" * 32, trunk_dtype="float32", cut="2:2", bottom_sha256="", codec_up="fp32",
+    codec_down="fp32", dtype="float32", hidden_size=8,
 )  # fmt: skip
 SECRET = bytes(range(32))
 

@@ -139,10 +139,10 @@ class Cloud:
         """What the running process has logged."""
         return self.command.err
 
-    def start(self) -> None:
-        """Start, and wait until it accepts steps."""
+    def start(self, *options: str) -> None:
+        """Start, with further `options` if need be, and wait until it accepts steps."""
         self.command = Command(
-            self.folder, *self._arguments, before=self._before, max_file_bytes=self._max_file_bytes
+            self.folder, *self._arguments, *options, before=self._before, max_file_bytes=self._max_file_bytes
         )
         self.command.wait_until(lambda: bool(self.command.out))
 

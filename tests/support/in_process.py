@@ -181,6 +181,7 @@ class InProcessCloud:
             run,
             open_channel,
             codecs,
+            trunk_dtype=self.card.dtype,
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             share_prefixes=share_prefixes,
             on_row=on_row,

@@ -11,6 +11,8 @@ from tightbeam.common.errors import UnsupportedModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tightbeam.edge.data import Limits
+
 __all__ = ["app", "check"]
 
 app = typer.Typer(help="Look at training data.", no_args_is_help=True, rich_markup_mode=None)
@@ -40,8 +42,11 @@ def check(
     from tightbeam.edge.data.reading import read_records
 
     read_records(file)  # before the tokenizer is fetched: a bad line is told at once
-    tokenizer = _local(model) if model is not None else _remote(str(cloud), identity, insecure)
-    typer.echo(check_file(file, tokenizer, samples, max_length=max_length).render())
+    if model is not None:
+        tokenizer, limits = _local(model), _limits(model)
+    else:
+        tokenizer, limits = _remote(str(cloud), identity, insecure)
+    typer.echo(check_file(file, tokenizer, samples, max_length=max_length, limits=limits).render())
 
 
 def _local(model: str) -> "PreTrainedTokenizerBase":
@@ -57,8 +62,21 @@ def _local(model: str) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _remote(address: str, identity: Path | None, insecure: bool) -> "PreTrainedTokenizerBase":
+def _limits(model: str) -> "Limits":
+    """What the model takes; a folder may hold a tokenizer alone."""
+    from transformers import AutoConfig
+
+    from tightbeam.edge.data import Limits
+
+    try:
+        return Limits.of_model(AutoConfig.from_pretrained(model, trust_remote_code=False))
+    except (OSError, ValueError):
+        return Limits()
+
+
+def _remote(address: str, identity: Path | None, insecure: bool) -> "tuple[PreTrainedTokenizerBase, Limits]":
     from tightbeam.edge import connect
+    from tightbeam.edge.data import Limits
 
     with connect(address, identity=identity, insecure=insecure) as cloud:
-        return cloud.load_tokenizer()
+        return cloud.load_tokenizer(), Limits.of(cloud.card)

@@ -330,10 +330,12 @@ class Recipe(Section):
         return _digest(self.resolved())
 
     def numbers(self) -> dict[str, Any]:
-        """Give the part that decides the trained weights: no addresses, folders or checkpoint intervals."""
+        """Give the part that decides the trained weights: no addresses, paths or checkpoint intervals."""
         plain = self.resolved()
         for key in ("cloud", "identity", "insecure", "local_path"):
             del plain["model"][key]
+        for key in ("train", "eval"):  # data are known by their content
+            del plain["data"][key]
         for key in ("eval_every", "checkpoint_every", "keep_checkpoints", "threads"):
             del plain["train"][key]
         if self.train.freeze_bottom_after is None:

@@ -18,7 +18,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -107,7 +107,7 @@ def save_checkpoint(
     scheduler: LRScheduler,
     position: Position,
     random_state: RandomState,
-    numbers_sha256: str,
+    facts: Mapping[str, str],
     keep: int,
 ) -> Path:
     """Write `step-N`, and drop all but the newest `keep`.
@@ -123,7 +123,7 @@ def save_checkpoint(
     try:
         _remove_leftovers(folder)
         temporary.mkdir(parents=True)
-        _write_files(temporary, model, optimizer, scheduler, position, random_state, numbers_sha256)
+        _write_files(temporary, model, optimizer, scheduler, position, random_state, facts)
         if final.exists():
             shutil.rmtree(final)  # verify() found it broken
         os.replace(temporary, final)
@@ -137,19 +137,31 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, *, model: PeftModel, optimizer: Optimizer, scheduler: LRScheduler, numbers_sha256: str
+    path: Path,
+    *,
+    model: PeftModel,
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    facts: Mapping[str, str],
 ) -> Position:
     """Put a run back to where `path` was taken: adapter, optimizer, schedule and random states.
 
     Raises:
-        RecipeError: the checkpoint was taken under another recipe.
+        RecipeError: the checkpoint was taken with other `facts`; the message names each.
         TightbeamError: its adapter is not the one the recipe describes.
 
     """
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-    if state["numbers_sha256"] != numbers_sha256:
+    taken: dict[str, str] = state.get("facts", {})
+    changed = [
+        f"{name} was {taken.get(name)} and is now {fact}"
+        for name, fact in facts.items()
+        if taken.get(name) != fact
+    ]
+    if changed:
         raise RecipeError(
-            f"{path} was taken under another recipe.", cure="Resume with the recipe it was started with."
+            f"{path} was taken with something else: {'; '.join(changed)}.",
+            cure="Resume with what the run had, or start a new one under another output.name.",
         )
     adapter = _tensors(path / "adapter_model.safetensors")
     odd = adapter.keys() ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
@@ -198,7 +210,7 @@ def _write_files(
     scheduler: LRScheduler,
     position: Position,
     random_state: RandomState,
-    numbers_sha256: str,
+    facts: Mapping[str, str],
 ) -> None:
     # Frozen embeddings need no saving, and PEFT's default would ask the model hub whether they changed.
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -211,7 +223,7 @@ def _write_files(
     save_file(tensors, folder / "optimizer.safetensors")
     save_file(random_state.tensors, folder / "rng.safetensors")
     state = {
-        "numbers_sha256": numbers_sha256,
+        "facts": dict(facts),
         "position": asdict(position),
         "param_groups": groups,
         "scheduler": scheduler.state_dict(),

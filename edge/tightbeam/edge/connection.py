@@ -263,6 +263,7 @@ class Cloud:
             self.run,
             open_stream,
             codecs,
+            trunk_dtype=self.card.dtype,
             max_tokens_per_step=self.card.limits.max_tokens_per_step,
             share_prefixes=self.card.shared_prefixes,
             on_row=self._step_row,

@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tightbeam.common.costs.prices import PriceList
-from tightbeam.common.errors import IdentityError, ProtocolError, UsageError
+from tightbeam.common.errors import FingerprintError, IdentityError, ProtocolError, UsageError
 from tightbeam.proto.backbone_pb2 import Card
 
 __all__ = ["asked_by", "cost_facts", "held_bytes", "require_same"]
@@ -57,7 +57,18 @@ def held_bytes(blobs: Mapping[str, int], cut: str, num_blocks: int) -> int:
 
 
 def require_same(before: Card, now: Card) -> None:
-    """A run goes on by the prices it began with: raises `UsageError` where the cloud now asks for others."""
+    """A run goes on by the numbers and prices it began with.
+
+    Raises:
+        FingerprintError: the cloud now computes in another number format.
+        UsageError: it now asks for other prices.
+
+    """
+    if before.dtype != now.dtype:
+        raise FingerprintError(
+            f"The cloud computes in {now.dtype} now; this model was loaded for {before.dtype}.",
+            cure=f"Have it served with --dtype {before.dtype}, or start a new run.",
+        )
     if before.key_bundle.prices != now.key_bundle.prices:
         raise UsageError(
             "The cloud has changed its prices since this run connected to it.",

@@ -4,7 +4,9 @@ The order of examples is a function of seed and epoch. An optimizer step takes t
 `gradient_accumulation` micro-batches of its epoch, and the last step of an epoch takes what is left.
 """
 
+import functools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tightbeam.common.config import TrainSection
@@ -43,13 +45,23 @@ class Plan:
     def micro_batches(self, step: int) -> list[list[int]]:
         """List the examples of optimizer step `step`, counted from 0, per micro-batch."""
         epoch, group = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.num_examples, self.shuffle_seed, epoch)
+        order = _order(self.num_examples, self.shuffle_seed, epoch)
         size, first = self.train.batch_size, group * self.train.gradient_accumulation
         last = min(first + self.train.gradient_accumulation, self.batches_per_epoch)
-        return [order[batch * size : (batch + 1) * size] for batch in range(first, last)]
+        return [list(order[batch * size : (batch + 1) * size]) for batch in range(first, last)]
+
+    def batches(self, steps: int) -> Iterator[list[int]]:
+        """The micro-batches of the first `steps` optimizer steps."""
+        for step in range(min(steps, self.total_steps)):
+            yield from self.micro_batches(step)
 
     def position(self, steps_done: int, tokens: int) -> Position:
         """Where a run is after so many optimizer steps."""
         epoch, group = divmod(steps_done, self.steps_per_epoch)
         batch = group * self.train.gradient_accumulation
         return Position(optimizer_step=steps_done, epoch=epoch, batch=batch, tokens=tokens)
+
+
+@functools.lru_cache(maxsize=2)
+def _order(num_examples: int, seed: int, epoch: int) -> Sequence[int]:
+    return tuple(epoch_order(num_examples, seed, epoch))

@@ -35,6 +35,7 @@ class Stepper:
         open_channel: Callable[[], Channel],
         codecs: Codecs,
         *,
+        trunk_dtype: str,
         max_tokens_per_step: int,
         share_prefixes: bool = False,
         on_row: Callable[[StepRow], None] = lambda row: None,
@@ -42,6 +43,7 @@ class Stepper:
         policy: RetryPolicy | None = None,
         numbers: Iterator[int] | None = None,
     ) -> None:
+        self.trunk_dtype = trunk_dtype  # in which the cloud computes
         self.run, self.codecs = run, codecs
         self.taps: Taps | None = None  # asked for with every forward that no backward follows
         self._carrier = Carrier(open_channel, policy or RetryPolicy(), on_retry)

@@ -28,9 +28,10 @@ from tightbeam.common.errors import BudgetError, NonFiniteError, RecipeError, Ti
 from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
-from tightbeam.edge.data import IGNORED, Example, collate, load_dataset, split_examples
+from tightbeam.edge.data import IGNORED, Example, Limits, Splits, collate
 from tightbeam.edge.data.reading import read_records
 from tightbeam.edge.export import save_adapter
+from tightbeam.edge.facts import run_facts
 from tightbeam.edge.interrupts import StopRequest
 from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
 from tightbeam.edge.offer import cost_facts
@@ -144,8 +145,18 @@ class _Training:
     last_loss: float | None = None
 
     def __post_init__(self) -> None:
-        self.train, self.eval = self._load_data()
+        card, model, tokenizer = self.loaded.card, self.loaded.model, self.loaded.tokenizer
+        limits = Limits.of_model(model.config) if card is None else Limits.of(card)
+        data = Splits.load(self.recipe.data, tokenizer, limits)
+        for warning in data.warnings:
+            say(self.console, warning)
+        self.train, self.eval = data.train, data.eval
         self.plan = Plan(len(self.train), self.recipe.train, self.recipe.data.shuffle_seed)
+        once = self.recipe.mode != "ushape" and self.recipe.cache.enabled  # later epochs do not cross
+        batches = self.plan.batches(self.plan.steps_per_epoch if once else self.plan.total_steps)
+        data.check_batches(limits, batches, self.recipe.train.batch_size)
+        self.facts = run_facts(self.recipe, model, tokenizer, self.loaded.fingerprint, card)
+        self.facts |= data.facts()
         _seed_everything(self.recipe.train.seed)
         self.model: PeftModel = attach_adapter(
             self.loaded.model, self.recipe.adapter, trained_blocks(self.recipe, self.loaded.model)
@@ -313,26 +324,6 @@ class _Training:
         batch = collate([examples[row] for row in rows], _pad_id(self.loaded.tokenizer))
         return {name: tensor.to(self.model.device) for name, tensor in batch.items()}
 
-    def _load_data(self) -> tuple[list[Example], list[Example]]:
-        section = self.recipe.data
-        datasets = [
-            load_dataset(
-                path,
-                self.loaded.tokenizer,
-                record_format=section.format,
-                max_length=section.max_length,
-                answer_only=section.answer_only,
-            )
-            for path in (section.train, section.eval)
-            if path is not None
-        ]
-        for warning in (line for dataset in datasets for line in dataset.warnings()):
-            say(self.console, warning)
-        train = datasets[0].examples
-        if section.eval_fraction:
-            return split_examples(train, section.eval_fraction, section.shuffle_seed)
-        return train, datasets[1].examples if len(datasets) > 1 else []
-
     def _resume(self) -> Position:
         path = latest(self.folder.checkpoints, self._warn)
         if path is None:
@@ -344,7 +335,7 @@ class _Training:
             model=self.model,
             optimizer=self.optimizer,
             scheduler=self.scheduler,
-            numbers_sha256=self.recipe.numbers_sha256(),
+            facts=self.facts,
         )
 
     def _warn(self, line: str) -> None:
@@ -378,7 +369,7 @@ class _Training:
             scheduler=self.scheduler,
             position=replace(position, wire_bytes=self._moved_bytes(), mode=self.mode.state()),
             random_state=RandomState.capture(),
-            numbers_sha256=self.recipe.numbers_sha256(),
+            facts=self.facts,
             keep=self.recipe.train.keep_checkpoints,
         )
 

@@ -32,6 +32,7 @@ class Scope:
     """What besides the sample decides the activation after the trunk."""
 
     fingerprint: str  # of the backbone
+    trunk_dtype: str  # in which the cloud computes it
     cut: str
     bottom_sha256: str  # of a frozen adapter's tensors below the cut; "" without one
     codec_up: str

@@ -75,6 +75,7 @@ class FrozenParts:
         codecs = self.trunk.stepper.codecs
         return Scope(
             fingerprint=fingerprint,
+            trunk_dtype=self.trunk.stepper.trunk_dtype,
             cut=cut,
             bottom_sha256=bottom_sha256,
             codec_up=codecs.activations_up,

@@ -11,6 +11,7 @@ from tightbeam.edge.data.examples import (
 )
 from tightbeam.edge.data.limits import Limits
 from tightbeam.edge.data.order import epoch_order, split_examples
+from tightbeam.edge.data.splits import Splits
 
 __all__ = [
     "IGNORED",
@@ -18,6 +19,7 @@ __all__ = [
     "Dataset",
     "Example",
     "Limits",
+    "Splits",
     "check_file",
     "collate",
     "epoch_order",

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from tightbeam.edge.data.examples import IGNORED, Dataset, Example, load_dataset
+from tightbeam.edge.data.limits import Limits
 
 __all__ = ["DataCheck", "check_file"]
 
@@ -41,14 +42,20 @@ def check_file(
     tokenizer: PreTrainedTokenizerBase,
     n: int = 2,
     *,
+    limits: Limits | None = None,
     record_format: str = "auto",
     max_length: int = 1024,
     answer_only: bool = True,
 ) -> DataCheck:
-    """Tokenise a file as training would and show its first `n` examples with their label mask."""
+    """Tokenise a file as training would and show its first `n` examples with their label mask.
+
+    Raises `DataError` as training does, also for what is over the `limits`.
+    """
     dataset = load_dataset(
         path, tokenizer, record_format=record_format, max_length=max_length, answer_only=answer_only
     )
+    if limits is not None:
+        limits.check(dataset.path, dataset.examples)
     return DataCheck(
         dataset=dataset,
         token_lengths=sorted(len(example.input_ids) for example in dataset.examples),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from transformers import PretrainedConfig
+
 from tightbeam.common.errors import DataError, StepTooLargeError
 from tightbeam.edge.data.examples import Example
 from tightbeam.proto.backbone_pb2 import Card
@@ -31,6 +33,13 @@ class Limits:
             vocab_size=int(vocab_size),
             tokens_per_step=card.limits.max_tokens_per_step,
         )
+
+    @classmethod
+    def of_model(cls, config: PretrainedConfig) -> Self:
+        """Of a model on its own."""
+        text = config.get_text_config()
+        positions = getattr(text, "max_position_embeddings", 0)
+        return cls(num_positions=positions, vocab_size=getattr(text, "vocab_size", 0))
 
     def check(self, path: Path, examples: Iterable[Example]) -> None:
         """Raise `DataError` for the first example that no step could hold."""

@@ -16,7 +16,7 @@ from tightbeam.common.config import AdapterSection, Codecs, SideSection
 from tightbeam.edge.adapters import attach_adapter
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.connection import Cloud
-from tightbeam.edge.data import Example, load_examples
+from tightbeam.edge.data import Example, Limits, load_examples
 from tightbeam.edge.federation.adapter import SplitAdapter
 from tightbeam.edge.side import side_of
 
@@ -71,9 +71,11 @@ class Lender:
         """A client's file, read and tokenised once. Raises `DataError`."""
         key = cloud.card.fingerprint, path, max_length, answer_only
         if key not in self._examples:
-            self._examples[key] = load_examples(
+            examples = load_examples(
                 path, self.tokenizer(cloud), max_length=max_length, answer_only=answer_only
             )
+            Limits.of(cloud.card).check(path, examples)
+            self._examples[key] = examples
         return self._examples[key]
 
     def lend(self, cloud: Cloud, shape: AdapterShape, codec: str | Codecs) -> SplitAdapter:
