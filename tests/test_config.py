@@ -1,13 +1,14 @@
 """Recipes: what is read, what is refused and in which words, and what the hashes cover."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
 from tightbeam.common.config import (
     AdapterSection,
+    CodecName,
     Codecs,
     DataSection,
     ModelSection,
@@ -20,6 +21,7 @@ from tightbeam.common.config import (
 from tightbeam.common.config_errors import did_you_mean, known_keys
 from tightbeam.common.config_yaml import key_lines, parse_mapping, parse_value
 from tightbeam.common.errors import RecipeError
+from tightbeam.common.wire.codecs import CODECS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -89,6 +91,17 @@ def test_codecs_are_named_for_all_for_kinds_or_one_by_one(
     default = Codecs().activations_up
     found = (read.activations_up, read.activations_down, read.gradients_up, read.gradients_down)
     assert found == tuple(name or default for name in expected)
+
+
+def test_the_recipe_knows_every_codec() -> None:
+    assert get_args(CodecName) == ("auto", *CODECS)
+
+
+def test_a_frozen_bottom_needs_a_top_to_train(file: Path) -> None:
+    for settings in (["mode=top"], ["train.freeze_bottom_after=1"]):
+        with pytest.raises(RecipeError, match="leaves the top blocks to train, and cut 4:0 has none"):
+            load_recipe(file, ["cut=4:0", *settings])
+    assert load_recipe(file, ["cut=4:0"]).cut == "4:0"
 
 
 @pytest.mark.parametrize(

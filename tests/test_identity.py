@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from tightbeam.common.certificates import holder_uri
 from tightbeam.common.errors import IdentityError
 from tightbeam.common.identity import (
+    CLOUD_NAMES,
     Identity,
     Role,
     Trust,
@@ -80,6 +81,16 @@ def test_running_it_again_adds_only_the_new(certs: Path) -> None:
         load_identity(certs / "surgery").certificate_der, Role.TENANT
     )
     assert peer.name == "surgery"
+
+
+def test_a_host_that_a_cloud_lacks_is_not_dropped_in_silence(tmp_path: Path) -> None:
+    hosts = [*CLOUD_NAMES, "cloud.example", "10.0.0.7"]
+    init_certificates(tmp_path, clients=["clinic"], cloud_names=hosts)
+    init_certificates(tmp_path, clients=["lab"], cloud_names=hosts)
+    init_certificates(tmp_path, clients=["ward"])  # who adds a client does not have to know the hosts
+    with pytest.raises(IdentityError, match=r"cloud is there.*host other\.example, 10\.0\.0\.8\. Del"):
+        init_certificates(tmp_path, clients=["late"], cloud_names=[*hosts, "other.example", "10.0.0.8"])
+    assert not (tmp_path / "late").exists()
 
 
 def test_a_full_disk_leaves_no_half_a_folder(certs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -146,7 +146,7 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     _refused(tmp_path, UsageError, "has no config.json")
     (tmp_path / "config.json").write_text("{not json")
     _refused(tmp_path, UsageError, "is not JSON")
-    _refused(tmp_path / "missing", UsageError, "neither a folder nor a model")
+    _refused(tmp_path / "missing", UsageError, "no folder .*missing")
 
 
 def test_pickles_are_refused_with_the_cure(tmp_path: Path) -> None:

@@ -110,6 +110,22 @@ def test_a_token_across_the_border_counts_as_answer(tmp_path: Path, border: int)
     assert tokenizer.decode(kept) == "\nMe</s>"
 
 
+def test_a_csv_header_written_with_spaces_is_read_as_meant(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('prompt, completion \nq, "a, b"\n', encoding="utf-8")
+    found, (record,) = read_records(path)
+    assert found == "prompt"
+    assert [message["content"] for message in record.messages] == ["q", "a, b"]
+    path.write_text("prompt,completion\nq, a\n", encoding="utf-8")  # here the space is the text's
+    assert read_records(path)[1][0].messages[1]["content"] == " a"
+
+
+def test_a_csv_field_may_be_long(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text(f"text\n{'a' * 200_000}\n", encoding="utf-8")
+    assert len(read_records(path)[1][0].text) == 200_000
+
+
 def test_csv_has_the_same_shapes(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text('prompt,completion\n"Who, you?","Me,\nof course."\n', encoding="utf-8-sig")

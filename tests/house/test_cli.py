@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from support.commands import run_command
 from tightbeam.cli.options import require_loopback
 from tightbeam.common.config import Recipe
 from tightbeam.common.errors import UsageError
@@ -156,10 +157,31 @@ def test_train_tells_a_wrong_recipe_before_it_loads_anything(tmp_path: Path) -> 
 
 def test_config_check_prints_the_resolved_recipe(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
-    done = tightbeam("config", "check", "recipe.yaml", "--set", "train.lr=0.5", cwd=tmp_path)
-    assert done.returncode == 0
-    assert "lr: 0.5" in done.stdout
-    assert "runs/first" in done.stderr.replace("\\", "/")
+    done = run_command(tmp_path, "config", "check", "recipe.yaml", "--set", "train.lr=0.5")
+    assert done.code == 0
+    assert "lr: 0.5" in done.out
+    assert "runs/first" in done.err.replace("\\", "/")
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("adapter.method=lorra", "adapter.method lorra is not known to PEFT"),
+        ("adapter.method=prefix_tuning", "adapter.method prefix_tuning cannot be trained here"),
+        (
+            "adapter.extra={use_dorra: true}",
+            "adapter.extra.use_dorra is no argument of LoraConfig.",
+        ),
+        ("codec=int3", "should be 'auto', 'fp32', 'bf16',"),
+        ("cut=0:0", "leaves no block at the edge"),
+        ("model.cloud=http://cloud.example:50051", "is not host:port"),
+    ],
+)
+def test_config_check_refuses_what_train_would(tmp_path: Path, setting: str, told: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    done = run_command(tmp_path, "config", "check", "recipe.yaml", "--set", setting)
+    assert (done.code, done.out) == (2, "")
+    assert told in done.error
 
 
 def test_config_schema_is_the_recipes() -> None:

@@ -25,5 +25,8 @@ def check(recipe: RecipePath, settings: Settings = None) -> None:
     from tightbeam.common.config import load_recipe
 
     checked = load_recipe(recipe, settings or [])
+    from tightbeam.edge.adapters import method_arguments  # slow: it asks PEFT
+
+    method_arguments(checked.adapter)
     typer.echo(checked.resolved_yaml(), nl=False)
     say(f"{recipe} is right; its run would write to {checked.run_folder}")

@@ -52,9 +52,16 @@ def check(
 def _local(model: str) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
+    from tightbeam.common.backbone import model_source, no_such_model
+
+    source, offline = model_source(model)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source, local_files_only=offline, trust_remote_code=False
+        )
     except (OSError, ValueError) as error:
+        if offline and not Path(source).is_dir():
+            raise no_such_model(model, offline, error) from error
         raise UnsupportedModelError(
             f"{model} has no tokenizer that can be read ({str(error).splitlines()[0]}).",
             cure="Give a folder with a tokenizer, or a hub id.",

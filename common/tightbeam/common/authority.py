@@ -96,6 +96,8 @@ def init_certificates(
     if created:
         _write_folder(folder / "ca", _new_authority())
     authority = _load_authority(folder / "ca", timedelta(days=days))
+    if (folder / "cloud").exists():
+        _require_hosts(folder / "cloud", [name for name in cloud_names if name not in CLOUD_NAMES])
     holders = [("cloud", Role.CLOUD), *((name, Role.TENANT) for name in wanted)]
     kept = [] if created else [folder / "ca"]
     for name, role in holders:
@@ -106,6 +108,22 @@ def init_certificates(
             _write_folder(folder / name, _new_holder(authority, name, role, hosts))
             created.append(folder / name)
     return InitReport(tuple(created), tuple(kept))
+
+
+def _require_hosts(folder: Path, names: Sequence[str]) -> None:
+    """Refuse to keep a cloud's certificate that lacks one of the names asked for: nobody would notice."""
+    path = folder / "tls.crt"
+    try:
+        certificate = parse_certificate(path.read_bytes(), path)
+    except OSError as error:
+        raise IdentityError(f"Cannot read {path}: {error.strerror}.", cure=f"Delete {folder}.") from error
+    found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    missing = [name for name in names if _host(name) not in found]
+    if missing:
+        raise IdentityError(
+            f"{folder} is there already, and its certificate does not have the host {', '.join(missing)}.",
+            cure=f"Delete {folder}, run this again with all hosts, and restart the cloud; edges keep theirs.",
+        )
 
 
 def _new_authority() -> dict[str, bytes]:

@@ -95,7 +95,8 @@ def _parse(text: str, origin: str) -> Any:
         ) from error
     except yaml.YAMLError as error:
         raise RecipeError(
-            f"{origin} is not valid YAML: {error}.", cure="Save it as plain UTF-8 text."
+            f"{origin} is not valid YAML: {' '.join(str(error).split())}.",
+            cure="Save it as plain UTF-8 text.",
         ) from error
 
 

@@ -22,7 +22,7 @@ from tightbeam.common.config import AdapterSection
 from tightbeam.common.config_errors import did_you_mean
 from tightbeam.common.errors import RecipeError
 
-__all__ = ["attach_adapter", "build_peft_config", "resolve_targets"]
+__all__ = ["attach_adapter", "build_peft_config", "method_arguments", "resolve_targets"]
 
 # Methods that no split model can train, and why.
 _REFUSED = {
@@ -72,16 +72,8 @@ def build_peft_config(
             `extra`, or target modules that the model does not have.
 
     """
-    config_class = _config_class(section.method)
-    known = {field.name for field in dataclasses.fields(config_class) if field.init}
-    arguments: dict[str, Any] = {"task_type": "CAUSAL_LM", **_dials(section, known), **section.extra}
+    config_class, known, arguments = method_arguments(section)
     method = config_class.__name__
-    for name in section.extra:
-        if name not in known:
-            raise RecipeError(
-                f"adapter.extra.{name} is no argument of {method}.{did_you_mean(name, sorted(known))}",
-                cure=f"The PEFT documentation of {method} lists them.",
-            )
     if "target_modules" in known:
         arguments["target_modules"] = resolve_targets(model, section.target_modules, blocks)
     elif blocks is not None:
@@ -96,6 +88,25 @@ def build_peft_config(
         raise RecipeError(
             f"The adapter section does not fit {section.method}: {error}", cure="Change it."
         ) from error
+
+
+def method_arguments(section: AdapterSection) -> tuple[type[PeftConfig], set[str], dict[str, Any]]:
+    """The method's config class, what that knows, and what the section gives it whatever the model.
+
+    Raises:
+        RecipeError: an unknown or impossible method, a dial or an argument in `extra` that it does not have.
+
+    """
+    config_class = _config_class(section.method)
+    known = {field.name for field in dataclasses.fields(config_class) if field.init}
+    method = config_class.__name__
+    for name in section.extra:
+        if name not in known:
+            raise RecipeError(
+                f"adapter.extra.{name} is no argument of {method}.{did_you_mean(name, sorted(known))}",
+                cure=f"The PEFT documentation of {method} lists them.",
+            )
+    return config_class, known, {"task_type": "CAUSAL_LM", **_dials(section, known), **section.extra}
 
 
 def _config_class(method: str) -> type[PeftConfig]:

@@ -26,7 +26,7 @@ from tightbeam.common.costs.meter import JsonlLedger, peak_memory_bytes
 from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.common.errors import BudgetError, NonFiniteError, RecipeError, TightbeamError
 from tightbeam.common.runs import MetricsFile, RunFolder, write_failed
-from tightbeam.edge.adapters import attach_adapter
+from tightbeam.edge.adapters import attach_adapter, method_arguments
 from tightbeam.edge.checkpoints import Position, RandomState, latest, load_checkpoint, save_checkpoint
 from tightbeam.edge.data import IGNORED, Example, Limits, Splits, collate
 from tightbeam.edge.data.reading import read_records
@@ -103,6 +103,7 @@ def train_recipe(
         folder = RunFolder.open(recipe, resume=resume)
         for path in filter(None, (recipe.data.train, recipe.data.eval)):
             read_records(path, recipe.data.format)  # before the model is fetched: a bad line is told at once
+        method_arguments(recipe.adapter)
         if recipe.train.threads is not None:
             torch.set_num_threads(recipe.train.threads)
         loaded = load(recipe)

@@ -1,10 +1,11 @@
 """How a transformers model is cut and run on packed rows."""
 
 from tightbeam.common.backbone.attention import PACKED_ATTENTION, SegmentTable, SharedRows, packed_attention
-from tightbeam.common.backbone.checkpoint import Blob, Checkpoint, fingerprint, resolve_model
+from tightbeam.common.backbone.checkpoint import Blob, Checkpoint, fingerprint
 from tightbeam.common.backbone.converted import open_checkpoint
 from tightbeam.common.backbone.cuts import Cut, CutPolicy
 from tightbeam.common.backbone.families import FAMILIES, Anatomy, check_family, dissect, refusing
+from tightbeam.common.backbone.hub import model_source, no_such_model, resolve_model
 from tightbeam.common.backbone.packing import Packer, Segments
 from tightbeam.common.backbone.selftest import SelfTest, self_test
 from tightbeam.common.backbone.skeleton import build_skeleton, config_from_dict, fill
@@ -36,6 +37,8 @@ __all__ = [
     "dissect",
     "fill",
     "fingerprint",
+    "model_source",
+    "no_such_model",
     "open_checkpoint",
     "packed_attention",
     "refusing",

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from tightbeam.common.backbone.families import Anatomy
 from tightbeam.common.errors import UnsupportedModelError, UsageError
 
-__all__ = ["AUXILIARY_FILES", "Blob", "Checkpoint", "TensorRange", "fingerprint", "resolve_model"]
+__all__ = ["AUXILIARY_FILES", "Blob", "Checkpoint", "TensorRange", "fingerprint"]
 
 AUXILIARY_FILES = (
     "added_tokens.json",
@@ -192,26 +192,6 @@ def fingerprint(config: Mapping[str, Any], weight_hashes: Mapping[str, str]) -> 
     for name in sorted(weight_hashes):
         digest.update(f"{name}\0{weight_hashes[name]}\n".encode())
     return digest.hexdigest()
-
-
-def resolve_model(model: str) -> Path:
-    """A folder for `model`: the folder itself, or a snapshot of a Hugging Face hub repository."""
-    if Path(model).expanduser().is_dir():
-        return Path(model).expanduser().resolve()
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(
-                model, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
-            )
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UsageError(
-            f"{model!r} is neither a folder nor a model that the hub could give ({type(error).__name__}).",
-            cure="Pass --model a folder saved by save_pretrained(), or a hub id while the hub is reachable.",
-        ) from error
 
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Self
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from tightbeam.common.config import Section, checked_section
+from tightbeam.common.config_yaml import read_mapping
 from tightbeam.common.errors import UsageError
 
 __all__ = ["ASSUMED", "CLOUD", "TABLE", "Bill", "Energy", "PriceList", "Prices", "Tariff"]
@@ -59,10 +60,8 @@ def _printable(text: str) -> str:
     return text
 
 
-class PriceList(BaseModel):
+class PriceList(Section):
     """What a cloud asks; every field has its unit in its description."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     currency: Annotated[str, AfterValidator(_printable)] = Field(
         default="USD", min_length=1, max_length=16, description="Unit of all money."
@@ -104,14 +103,9 @@ class Prices(PriceList):
             UsageError: the file cannot be read, or a key or value is wrong.
 
         """
-        try:
-            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-            return cls.model_validate({} if data is None else data)
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, ValidationError) as error:
-            raise UsageError(
-                f"The price table {path} cannot be used: {error}.",
-                cure=f"Known keys: {', '.join(cls.model_fields)}. docs/costs.md gives their units.",
-            ) from error
+        mapping, lines = read_mapping(path, "price table", "docs/costs.md")
+        cure = f"Known keys: {', '.join(cls.model_fields)}; docs/costs.md gives their units."
+        return checked_section(cls, mapping, origin=str(path), lines=lines, cure=cure)
 
     def watts(self, edge_device: str = "cpu", cloud_device: str = "cuda") -> tuple[float, float]:
         """Of edge and cloud while they compute; by the kind of device where the table does not say."""

@@ -11,6 +11,7 @@ Everything that is wrong is a `DataError` that names file and line. No tokenizer
 import csv
 import io
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,11 @@ def _jsonl(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def _csv(path: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    csv.field_size_limit(2**31 - 1)  # of the whole process, and 131,072 characters unless told otherwise
+    spaced = bool(re.search(r", +\S", text.partition("\n")[0]))  # a header written as prose has its commas
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True, skipinitialspace=spaced)
     try:
+        reader.fieldnames = [name.strip() for name in reader.fieldnames or ()]
         for row in reader:
             if None in row or None in row.values():
                 raise DataError(
