@@ -1,9 +1,7 @@
 """An adapter section becomes a PEFT model whose saved adapter means the same on the whole model.
 
-PEFT takes target modules by the ends of their names, and shortens long lists to such ends when it saves. On
-a split model that would name trunk blocks too: the saved adapter would grow untrained layers when loaded on
-the whole model. So the targets are resolved here, against the blocks that are at the edge, and written as one
-regular expression of full names.
+Target modules are resolved here against the blocks that are at the edge, as one regular expression: PEFT
+would shorten a long list to the ends of its names. Once the layers are there, the config lists their names.
 """
 
 import dataclasses
@@ -14,6 +12,7 @@ from typing import Any
 
 import peft
 from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,14 +20,12 @@ from transformers.pytorch_utils import Conv1D
 from tightbeam.common.config import AdapterSection
 from tightbeam.common.config_errors import did_you_mean
 from tightbeam.common.errors import RecipeError
+from tightbeam.edge.adapter_names import WHOLE_MODEL_ONLY, block_of, name_layers
 
 __all__ = ["attach_adapter", "build_peft_config", "method_arguments", "resolve_targets"]
 
 # Methods that no split model can train, and why.
-_REFUSED = {
-    "PREFIX_TUNING": "it acts inside every block, and the trunk's blocks are in the cloud",
-    "CARTRIDGE": "it acts inside every block, and the trunk's blocks are in the cloud",
-    "ADAPTION_PROMPT": "it acts inside every block, and the trunk's blocks are in the cloud",
+_REFUSED = WHOLE_MODEL_ONLY | {
     "ADALORA": "it prunes ranks on a schedule of its own, which this training loop does not drive",
     "XLORA": "it mixes adapters that are already trained",
 }
@@ -54,12 +51,15 @@ def attach_adapter(model: PreTrainedModel, section: AdapterSection, blocks: rang
         with warnings.catch_warnings():
             # PEFT 0.21 asks transformers 5.23 for a property under its former name.
             warnings.filterwarnings("ignore", message=".is_gradient_checkpointing.", category=FutureWarning)
-            return peft.get_peft_model(model, config)
+            wrapped = peft.get_peft_model(model, config)
     # NotImplementedError: PEFT's word for a kind of layer that a method lacks
     except (ValueError, TypeError, NotImplementedError) as error:
         raise RecipeError(
             f"PEFT cannot put {section.method} on this model: {error}", cure="Change the adapter section."
         ) from error
+    if isinstance(wrapped.base_model, BaseTuner):  # prompts have no layers to name
+        name_layers(model, "default", wrapped.peft_config["default"])
+    return wrapped
 
 
 def build_peft_config(
@@ -151,7 +151,7 @@ def resolve_targets(model: PreTrainedModel, targets: str | list[str], blocks: ra
         RecipeError: an entry finds no module.
 
     """
-    names = {n: m for n, m in model.named_modules() if blocks is None or _block_of(n) in blocks}
+    names = {n: m for n, m in model.named_modules() if blocks is None or block_of(n) in blocks}
     linear = [name for name in _linear_names(model) if name in names]
     if targets == "all-linear":
         return _expression(linear)
@@ -166,12 +166,6 @@ def resolve_targets(model: PreTrainedModel, targets: str | list[str], blocks: ra
             )
         found += matches
     return _expression(sorted(set(found), key=list(names).index))
-
-
-def _block_of(name: str) -> int:
-    """Index of the block that a module is in; -1 outside of blocks."""
-    block = re.match(r".*?\.(\d+)\.", name)
-    return int(block[1]) if block else -1
 
 
 def _linear_names(model: PreTrainedModel) -> list[str]:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from tightbeam.common.backbone import Cut, build_skeleton, config_from_dict, dissect, fill
 from tightbeam.common.errors import UnsupportedModelError
+from tightbeam.edge.adapter_names import NamesLayers, refuse_saving
 from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
 from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.weights import BlobStore, local_source
@@ -53,6 +54,8 @@ def build_split_model(
         model.generation_config = _generation_config(card, store, local_path) or model.generation_config
         model.generation_config.use_cache = False
         model.generation_config.cache_implementation = None
+    model.register_forward_pre_hook(NamesLayers(card.num_blocks))
+    model.save_pretrained = refuse_saving  # type: ignore[method-assign]  # of this model only
     model.name_or_path = model.config.name_or_path = card.model  # what PEFT writes beside an adapter
     return model
 

@@ -6,7 +6,6 @@ side-<cut>-<digest>/side.*                        else each kind in a folder of 
 """
 
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,11 +31,11 @@ def save_global_adapter(
     whole = state.whole()
     rank = max(whole.rank, 1)
     even = whole.resized(rank)
-    names = [re.escape(layer.removeprefix(_PREFIX)) for layer in even.modules]
+    names = [layer.removeprefix(_PREFIX) for layer in even.modules]
     config = LoraConfig(
         r=rank,
         lora_alpha=_plain(scale * rank),
-        target_modules="|".join(names),
+        target_modules=names,
         base_model_name_or_path=model,
         task_type="CAUSAL_LM",
         inference_mode=True,
