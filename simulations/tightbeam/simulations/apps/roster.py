@@ -17,6 +17,7 @@ from tightbeam.common.errors import FederationError, TightbeamError
 from tightbeam.common.federation import LoraAdapter
 from tightbeam.edge.federation import ladder_prefix
 from tightbeam.edge.side import SidePlan
+from tightbeam.simulations.apps.claims import Claims
 from tightbeam.simulations.apps.exchange import exchange
 from tightbeam.simulations.apps.replies import Node, failure_of
 from tightbeam.simulations.global_adapter import layers_of
@@ -39,6 +40,10 @@ class Roster:
     sides: dict[str, dict[str, Any]] = field(default_factory=dict)  # that are shared, by `ladder_prefix`
     _places: dict[_Place, tuple[LoraAdapter, frozenset[str]]] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
+    _claims: Claims = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._claims = Claims(profile.name for profile in self.scenario.profiles())
 
     def gather(self) -> list[Node]:
         """Wait for the clients that the scenario waits for; all that are there then.
@@ -49,7 +54,7 @@ class Roster:
 
         """
         wanted, deadline_s = self.scenario.wait_for or self.scenario.clients, time.monotonic() + _NODES_S
-        while len(ids := list(self.grid.get_node_ids())) < wanted:
+        while len(ids := self._there()) < wanted:
             if time.monotonic() > deadline_s:
                 raise FederationError(
                     f"{len(ids)} of {wanted} clients are there after {_NODES_S:.0f} s.",
@@ -61,7 +66,7 @@ class Roster:
     def newcomers(self) -> tuple[list[Node], dict[str, str]]:
         """Clients that came since, and of those that cannot take part the reason, by node."""
         admitted, refused = [], {}
-        for node_id in self.grid.get_node_ids():
+        for node_id in self._there():
             if node_id in self._known:
                 continue
             try:
@@ -70,10 +75,19 @@ class Roster:
                 refused[f"node {node_id}"] = str(error)
         return admitted, refused
 
+    def _there(self) -> list[int]:
+        """Nodes that are there now."""
+        names = {info.node_id: info.name for info in self.grid.get_nodes()}
+        self._claims.note_registered(names)
+        return list(names)
+
     def _admit(self, ids: Iterable[int]) -> list[Node]:
         ids = list(ids)
         self._known |= set(ids)
-        told_by = {str(_notes(reply)["client"]): reply for reply in self._ask("query.hello", ids)}
+        replies = self._ask("query.hello", ids)
+        for reply in replies:
+            self._claims.bind(reply.metadata.src_node_id, str(_notes(reply)["client"]))
+        told_by = {str(_notes(reply)["client"]): reply for reply in replies}
         admitted = []
         for profile in self.scenario.profiles():
             if reply := told_by.get(profile.name):

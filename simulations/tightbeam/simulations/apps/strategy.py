@@ -54,7 +54,7 @@ class FederatedLora(Strategy):
         """Nothing to log: the journal has it."""
 
     def admit(self, nodes: Iterable[Node]) -> None:
-        """Let clients in that came after the first round, or came back as another node."""
+        """Let clients in that came after the first round."""
         for node in nodes:
             self._nodes[node.profile.name] = self._by_id[node.node_id] = node
             if self._secure is not None:
