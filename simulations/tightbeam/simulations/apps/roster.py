@@ -85,8 +85,8 @@ class Roster:
         ids = list(ids)
         self._known |= set(ids)
         replies = self._ask("query.hello", ids)
-        for reply in replies:
-            self._claims.bind(reply.metadata.src_node_id, str(_notes(reply)["client"]))
+        for said in replies:
+            self._claims.bind(said.metadata.src_node_id, str(_notes(said)["client"]))
         told_by = {str(_notes(reply)["client"]): reply for reply in replies}
         admitted = []
         for profile in self.scenario.profiles():
