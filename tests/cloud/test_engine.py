@@ -10,13 +10,13 @@ from torch import Tensor
 
 from support.tiny import tiny_model
 from tightbeam.cloud.engine import Engine
-from tightbeam.cloud.retention import Retention
+from tightbeam.cloud.retention import Retention, StepKey
 from tightbeam.common.backbone import PackedTrunk, Segments
 from tightbeam.common.errors import CloudBusyError, NonFiniteError, ProtocolError, UnknownStepError
 
 T = TypeVar("T")
 _SPAN = range(1, 4)
-_KEY = ("session", "run", 0)
+_KEY = StepKey("tenant", "session", "run", 0)
 _SEGMENTS = Segments((4, 3), torch.tensor([0, 1, 2, 3, 0, 1, 2]))
 _ROOM, _NO_ROOM = 1 << 24, 0
 
@@ -72,11 +72,11 @@ def test_inputs_sent_again_give_the_same_bits(trunk: PackedTrunk, engine: Engine
     assert backward.retention == "recompute"
 
 
-def test_a_recompute_costs_one_forward_more(engine: Engine) -> None:
-    forward = _await(lambda: engine.forward(_KEY, _hidden(), _SEGMENTS, _SPAN, keep=True))
+def test_a_recompute_costs_the_tenant_nothing_more(engine: Engine) -> None:
+    _await(lambda: engine.forward(_KEY, _hidden(), _SEGMENTS, _SPAN, keep=True))
     held = _await(lambda: engine.backward(_KEY, _hidden(1), None, _SEGMENTS, _SPAN))
     again = _await(lambda: engine.backward(_KEY, _hidden(1), _hidden(), _SEGMENTS, _SPAN))
-    assert again.flops == held.flops + forward.flops
+    assert again.flops == held.flops > 0
 
 
 def test_without_keep_nothing_is_kept(engine: Engine, retention: Retention) -> None:
@@ -111,9 +111,9 @@ def test_a_backward_of_something_else_is_refused(engine: Engine, segments: Segme
 
 def test_steps_of_a_session_that_ended_are_freed(engine: Engine, retention: Retention) -> None:
     _await(lambda: engine.forward(_KEY, _hidden(), _SEGMENTS, _SPAN, keep=True))
-    _await(lambda: engine.forward(("other", "run", 0), _hidden(), _SEGMENTS, _SPAN, keep=True))
-    engine.forget_session("session")
-    _await(lambda: engine.backward(("other", "run", 0), _hidden(1), None, _SEGMENTS, _SPAN))
+    _await(lambda: engine.forward(_KEY._replace(session="other"), _hidden(), _SEGMENTS, _SPAN, keep=True))
+    engine.forget_session("tenant", "session")
+    _await(lambda: engine.backward(_KEY._replace(session="other"), _hidden(1), None, _SEGMENTS, _SPAN))
     assert len(retention) == 0
 
 
@@ -134,14 +134,14 @@ def test_a_device_without_memory_is_busy_and_frees_what_it_held(
     _await(lambda: engine.forward(_KEY, _hidden(), _SEGMENTS, _SPAN, keep=True))
     full = Engine(Full(), retention, torch.float32)
     with pytest.raises(CloudBusyError, match="out of memory"):
-        _await(lambda: full.forward(("s", "r", 1), _hidden(), _SEGMENTS, _SPAN, keep=True))
+        _await(lambda: full.forward(StepKey("t", "s", "r", 1), _hidden(), _SEGMENTS, _SPAN, keep=True))
     full.close()
     assert len(retention) == 0
 
 
 def test_many_at_once_run_one_after_the_other(trunk: PackedTrunk, engine: Engine) -> None:
     async def run() -> list[Tensor]:
-        keys = [("session", "run", n) for n in range(6)]
+        keys = [_KEY._replace(step=n) for n in range(6)]
         await asyncio.gather(*(engine.forward(k, _hidden(), _SEGMENTS, _SPAN, keep=True) for k in keys))
         done = await asyncio.gather(*(engine.backward(k, _hidden(1), None, _SEGMENTS, _SPAN) for k in keys))
         assert max(each.queue_s for each in done) >= min(each.compute_s for each in done)
@@ -149,3 +149,22 @@ def test_many_at_once_run_one_after_the_other(trunk: PackedTrunk, engine: Engine
 
     for grad_ND in asyncio.run(run()):
         assert torch.equal(grad_ND, _expected(trunk)[1])
+
+
+def test_tenants_take_turns(engine: Engine) -> None:
+    """Forty steps of one wait before one of another; it is second, behind the one that runs."""
+
+    async def run() -> list[str]:
+        order: list[str] = []
+
+        async def step(tenant: str, number: int) -> None:
+            key = StepKey(tenant, "session", "run", number)
+            await engine.forward(key, _hidden(), _SEGMENTS, _SPAN, keep=False)
+            order.append(tenant)
+
+        greedy = [asyncio.create_task(step("greedy", n)) for n in range(40)]
+        await asyncio.sleep(0)
+        await asyncio.gather(step("modest", 0), *greedy)
+        return order
+
+    assert asyncio.run(run()).index("modest") <= 3

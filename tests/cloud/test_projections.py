@@ -220,8 +220,8 @@ def test_an_edge_takes_no_other_taps_than_it_asked_for(
     honest = cloud.engine.forward_tapped
     shapes = {"wider than the hidden states": (8, 17), "fewer tokens": (7, SIZE)}
 
-    async def lying(hidden_ND: Tensor, segments: Segments, span: range, taps: Taps) -> Done:
-        done = await honest(hidden_ND, segments, span, taps)
+    async def lying(tenant: str, hidden_ND: Tensor, segments: Segments, span: range, taps: Taps) -> Done:
+        done = await honest(tenant, hidden_ND, segments, span, taps)
         if lie == "none":
             return replace(done, taps={})
         if lie == "another block":

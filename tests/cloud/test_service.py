@@ -187,7 +187,7 @@ def test_a_stream_that_ended_leaves_nothing(cloud: InProcessCloud) -> None:
     channel.submit(*_request(keep=True)).result(timeout=30)
     assert len(cloud.retention) == 1
     channel.close()
-    cloud.engine._worker.submit(lambda: None).result(timeout=30)
+    cloud.engine._worker.submit("insecure/edge", lambda: None).result(timeout=30)
     assert len(cloud.retention) == 0
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tightbeam.cloud import ledger
+from tightbeam.cloud.ledger_store import STEPS
 from tightbeam.common.costs import Prices
 from tightbeam.common.costs.schema import (
     KINDS,
@@ -37,7 +37,7 @@ def test_field_is_described(name: str) -> None:
     assert f"`{name}`" in TEXT
 
 
-@pytest.mark.parametrize("name", sorted(set(ledger._steps.columns.keys()) - SUMMARISED))
+@pytest.mark.parametrize("name", sorted(set(STEPS.columns.keys()) - SUMMARISED))
 def test_column_is_described(name: str) -> None:
     assert f"`{name}`" in TEXT
 

@@ -78,7 +78,6 @@ def test_trunk_matches_the_counter(family: str) -> None:
     ratios = flops.forward(lengths) / forward, flops.backward(lengths) / backward
     print(f"{family}: analytic/counter forward {ratios[0]:.4f}, backward {ratios[1]:.4f}")
     assert all(abs(ratio - 1) < 0.02 for ratio in ratios), ratios
-    assert flops.backward(lengths, recompute=True) == flops.backward(lengths) + flops.forward(lengths)
 
 
 class _Pass(nn.Module):

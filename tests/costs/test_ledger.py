@@ -1,12 +1,12 @@
 """The cloud's ledger: billed once, durable before the answer, refused when shared."""
 
-import os
 import random
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,11 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.schema import CreateTable
 
-from tightbeam.cloud.ledger import (
-    Billed,
-    Ledger,
-    LedgerEntry,
-    _is,
-    _steps,
-    _usage_query,
-    _values,
-)
+from support.postgres import postgres_url
+from tightbeam.cloud.ledger import Billed, Ledger, LedgerEntry, _is, _values
+from tightbeam.cloud.ledger_store import RUNS, STEPS, sums_of_steps
 from tightbeam.common.costs import StepBytes
-from tightbeam.common.errors import CloudUnavailableError, StepConflictError, UsageError
+from tightbeam.common.errors import CloudUnavailableError, LedgerError, StepConflictError, UsageError
 
 BYTES = StepBytes(
     payload_up_bytes=1000,
@@ -111,6 +105,27 @@ class LedgerContract:
         assert (second.forward_steps, second.backward_steps, second.tokens) == (1, 0, 7)
         assert ledger.usage("clinic", ["run-b"]) == [second]
 
+    def test_usage_comes_in_pages(self, ledger: Ledger) -> None:
+        names = [f"run-{n:02}" for n in range(7)]
+        for name in reversed(names):
+            ledger.record(replace(ENTRY, run=name))
+            ledger.record(replace(ENTRY, run=name, tenant="other"))
+        seen, after = [], ""
+        while page := ledger.usage("clinic", after=after, limit=3):
+            assert len(page) <= 3
+            seen += [usage.run for usage in page]
+            after = seen[-1]
+        assert seen == names
+
+    def test_sums_are_those_of_the_steps(self, ledger: Ledger) -> None:
+        for step in range(4):
+            for run in ("a", "b"):
+                ledger.record(replace(ENTRY, run=run, step=step, flops=2**62 + step, tokens=step))
+                ledger.record(replace(ENTRY, run=run, step=step, flops=2**62 + step, tokens=step))
+        scan = ledger._connection.execute(sums_of_steps().order_by(STEPS.c.run)).mappings().all()
+        kept = ledger._connection.execute(RUNS.select().order_by(RUNS.c.run)).mappings().all()
+        assert [dict(row) for row in kept] == [dict(row) for row in scan]
+
     def test_flops_of_a_long_run_are_exact(self, ledger: Ledger) -> None:
         most = 2**63 - 1
         for step in range(5):
@@ -173,6 +188,31 @@ class TestSqliteFile(LedgerContract):
         with pytest.raises(UsageError, match=r"nowhere.*cannot be opened"):
             Ledger(tmp_path / "nowhere" / "ledger.db")
 
+    def test_a_question_costs_the_same_whatever_was_billed(self, ledger: Ledger) -> None:
+        """Usage is read under the lock that billing needs, so it must not scan; in SQLite's instructions."""
+        worked: list[int] = []
+        connection = ledger._connection.connection.driver_connection
+        assert isinstance(connection, sqlite3.Connection)
+
+        def instructions() -> int:
+            worked.clear()
+            connection.set_progress_handler(lambda: worked.append(1) or 0, 10)  # type: ignore[func-returns-value]
+            (usage,) = ledger.usage("clinic")
+            connection.set_progress_handler(None, 0)
+            assert usage.tokens == 64 * usage.forward_steps
+            return len(worked)
+
+        ledger.record(ENTRY)
+        few = instructions()
+        for step in range(1, 500):
+            ledger.record(replace(ENTRY, step=step))
+        assert instructions() <= few + 2
+        scan = sums_of_steps()  # negative control: the scan is seen
+        connection.set_progress_handler(lambda: worked.append(1) or 0, 10)  # type: ignore[func-returns-value]
+        ledger._connection.execute(scan).all()
+        connection.set_progress_handler(None, 0)
+        assert len(worked) > 10 * few
+
     def test_a_full_disk_bills_nothing(self, ledger: Ledger) -> None:
         ledger.record(ENTRY)
         pages = ledger._connection.exec_driver_sql("PRAGMA page_count").scalar()
@@ -191,19 +231,35 @@ class TestSqliteFile(LedgerContract):
         assert usage.forward_steps == 1 + len(acknowledged)
 
 
-if os.environ.get("TIGHTBEAM_TEST_POSTGRES"):
+class TestPostgres(LedgerContract):
+    """A database of a server that the tests start; skipped where there is none."""
 
-    class TestPostgres(LedgerContract):
-        """The database named by TIGHTBEAM_TEST_POSTGRES; its table `steps` is dropped before each test."""
+    @pytest.fixture
+    def address(self, tmp_path_factory: pytest.TempPathFactory) -> str:
+        url = postgres_url()
+        engine = sa.create_engine(url.replace("postgresql:", "postgresql+psycopg:"))
+        with engine.begin() as connection:
+            connection.exec_driver_sql("DROP TABLE IF EXISTS steps, runs")
+        engine.dispose()
+        return url
 
-        @pytest.fixture
-        def address(self, tmp_path: Path) -> str:
-            url = os.environ["TIGHTBEAM_TEST_POSTGRES"]
-            engine = sa.create_engine(url)
-            with engine.begin() as connection:
-                connection.exec_driver_sql("DROP TABLE IF EXISTS steps")
-            engine.dispose()
-            return url
+    def test_a_lost_connection_is_transient(self, ledger: Ledger) -> None:
+        ledger.record(ENTRY)
+        with sa.create_engine(ledger._store._engine.url, poolclass=sa.NullPool).begin() as other:
+            other.exec_driver_sql(
+                "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid != pg_backend_pid()"
+            )
+        with pytest.raises(CloudUnavailableError, match="Nothing was billed"):
+            ledger.record(replace(ENTRY, step=1))
+        assert ledger.record(replace(ENTRY, step=1)).is_new
+        assert not ledger.record(ENTRY).is_new
+
+    def test_a_dropped_table_is_not(self, ledger: Ledger) -> None:
+        ledger._connection.exec_driver_sql("DROP TABLE steps")
+        ledger._connection.commit()
+        for _ in range(2):
+            with pytest.raises(LedgerError, match="has lost its ledger"):
+                ledger.record(ENTRY)
 
 
 def test_postgresql_can_read_every_statement() -> None:
@@ -211,14 +267,14 @@ def test_postgresql_can_read_every_statement() -> None:
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy leaves it bare
     key = ENTRY.key
     statements = [
-        _steps.insert().values(_values(ENTRY)),
-        _steps.select().where(*_is(key)),
-        _steps.update().where(*_is(key)).values(reexecuted=_steps.c.reexecuted + 1),
-        _usage_query().where(_steps.c.tenant == "clinic"),
+        STEPS.insert().values(_values(ENTRY)),
+        STEPS.select().where(*_is(key)),
+        STEPS.update().where(*_is(key)).values(reexecuted=STEPS.c.reexecuted + 1),
+        sums_of_steps(),
     ]
     texts = [str(statement.compile(dialect=dialect)) for statement in statements]
     assert "sum(steps.flops / " in texts[3]  # integer division there
-    assert "BIGINT" in str(CreateTable(_steps).compile(dialect=dialect))
+    assert "BIGINT" in str(CreateTable(STEPS).compile(dialect=dialect))
 
 
 WRITER = """
@@ -275,3 +331,103 @@ def test_the_kill_rig_notices_a_lost_row(tmp_path: Path) -> None:
     ledger._connection.commit()
     assert _lost(ledger, [1, 2, 3]) == [2]
     ledger.close()
+
+
+def test_a_ledger_without_sums_gets_them(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db")
+    for step in range(5):
+        ledger.record(replace(ENTRY, step=step, flops=2**62))
+    before = ledger.usage("clinic")
+    ledger._connection.exec_driver_sql("DROP TABLE runs")
+    ledger._connection.commit()
+    ledger.close()
+    again = Ledger(tmp_path / "ledger.db")
+    assert again.usage("clinic") == before
+    again.close()
+
+
+def _damaged(path: Path) -> None:
+    ledger = Ledger(path)
+    for step in range(400):
+        ledger.record(replace(ENTRY, step=step))
+    ledger.close()
+    with path.open("r+b") as file:
+        file.seek(5 * 4096)
+        file.write(b"\xa5" * 8192)
+
+
+def _foreign(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE moz_places (id INTEGER)")
+    connection.close()
+
+
+def _older(path: Path) -> None:
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE steps (tenant TEXT, run TEXT)")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (_damaged, "is damaged"),
+        (_foreign, "another program's database"),
+        (_older, "not one of a ledger of this version"),
+        (lambda path: path.write_text("no database\n" * 999), "file is not a database"),
+    ],
+    ids=["damaged", "foreign", "older", "text"],
+)
+def test_what_is_no_whole_ledger_is_refused_at_the_start(
+    tmp_path: Path, spoil: Callable[[Path], object], said: str
+) -> None:
+    path = tmp_path / "ledger.db"
+    spoil(path)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match=f"{said}.*Restore the ledger"):
+        Ledger(path)
+    assert path.read_bytes() == before or spoil in (_foreign, _older)  # those become WAL files
+
+
+def _removed(path: Path) -> None:
+    path.unlink()
+
+
+def _journal_removed(path: Path) -> None:
+    path.with_name("ledger.db-wal").unlink()
+
+
+def _replaced(path: Path) -> None:
+    path.rename(path.with_name("moved.db"))
+    path.write_bytes(path.with_name("moved.db").read_bytes())
+
+
+@pytest.mark.parametrize("spoil", [_removed, _journal_removed, _replaced])
+def test_a_ledger_that_is_lost_while_it_is_open_bills_nothing(
+    tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    path = tmp_path / "ledger.db"
+    ledger = Ledger(path)
+    ledger.record(ENTRY)
+    ledger.check()
+    spoil(path)
+    for work in (ledger.check, lambda: ledger.record(replace(ENTRY, step=1)), lambda: ledger.usage("clinic")):
+        with pytest.raises(LedgerError, match=r"removed or replaced.*Nothing was billed"):
+            work()
+    ledger.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("nonsense://host/db", "database driver"),
+        ("postgresql+nonsense://host/db", "database driver"),
+        ("://", "no SQLAlchemy URL"),
+        ("postgresql://nobody:secret@127.0.0.1:1/db", "cannot be opened"),
+    ],
+)
+def test_a_url_that_leads_nowhere_is_one_line(address: str, said: str) -> None:
+    pytest.importorskip("psycopg")
+    with pytest.raises(UsageError, match=said) as caught:
+        Ledger(address)
+    assert "secret" not in str(caught.value)

@@ -177,7 +177,7 @@ def test_usage_is_the_callers_own(tiny_cloud: Clouds) -> None:
             ("usage", 1, int(batch["attention_mask"].sum()))
         ]
     with connect(address, insecure=True, name="bert") as bert:
-        assert bert.usage() == []
+        assert list(bert.usage()) == []
 
 
 def test_a_run_has_a_name_of_its_own(tiny_cloud: Clouds) -> None:

@@ -87,7 +87,7 @@ def test_nothing_is_billed(cloud: Cloud, certs: Path) -> None:
     clinic = certs / "ours" / "clinic"
     assert last(examine(cloud.address, identity=clinic)).name == "step"
     with connect(cloud.address, identity=clinic) as connected:
-        assert connected.usage() == []
+        assert list(connected.usage()) == []
 
 
 def test_insecure_elsewhere(insecure_cloud: Cloud) -> None:

@@ -114,8 +114,13 @@ def test_a_lost_step_sends_its_inputs_again(cloud: InProcessCloud) -> None:
     expected_ND = twin.backward(twin.forward()[1])
     assert torch.equal(edge.backward(edge.forward()[1]), expected_ND)
     row, plain = edge.rows[1], twin.rows[1]
-    assert row.bytes.payload_up_bytes == 2 * plain.bytes.payload_up_bytes
-    assert row.resent_bytes > plain.bytes.wire_up_bytes  # the attempt that was answered UNKNOWN_STEP
+    assert (
+        row.bytes.payload_up_bytes == plain.bytes.payload_up_bytes
+    )  # the inputs were paid for by the forward
+    assert row.cloud_flops == plain.cloud_flops
+    inputs_bytes = edge.rows[0].bytes.payload_up_bytes
+    # the attempt that was answered UNKNOWN_STEP, and the inputs
+    assert row.resent_bytes > plain.bytes.wire_up_bytes + inputs_bytes
     assert plain.resent_bytes == 0
     edge.assert_billed_as_counted()
 

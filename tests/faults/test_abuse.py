@@ -9,6 +9,7 @@ import grpc
 import psutil
 import pytest
 
+from support.abuser import Abuser, own_channel
 from support.commands import Cloud
 from support.split_runs import split_run
 from tightbeam.cloud.admission import Quota, WaitingRoom
@@ -16,10 +17,8 @@ from tightbeam.common.errors import CloudBusyError, StepTooLargeError, Tightbeam
 from tightbeam.common.identity import Role, ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
 from tightbeam.common.wire.messages import seal_message
-from tightbeam.common.wire.stepping import SESSION_KEY
-from tightbeam.edge.channel import STEPS_METHOD, error_from_rpc
+from tightbeam.edge.channel import error_from_rpc
 from tightbeam.proto import backbone_pb2 as pb
-from tightbeam.proto.backbone_pb2_grpc import BackboneStub
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 MIB = 1 << 20
@@ -29,56 +28,19 @@ def impatient_cloud() -> None:
     """Runs in the cloud's process: it waits a second for the rest of a step, not a minute."""
     from tightbeam.cloud import stream
 
-    stream.STALL_S = 1.0
+    stream.STALL_S, stream.MIN_BYTES_PER_S = 1.0, 4 * MIB
 
 
 @pytest.fixture(scope="module")
 def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:
-    folder, limit = tmp_path_factory.mktemp("cloud"), str(8 * MIB)
+    folder, limit = tmp_path_factory.mktemp("cloud"), str(4 * MIB)
     with Cloud(model, folder, "--in-flight-bytes", limit, before=impatient_cloud) as process:
         yield process
 
 
-class Abuser:
-    """Speaks the protocol well and behaves badly."""
-
-    def __init__(self, channel: grpc.Channel, name: str = "abuser") -> None:
-        self._channel, self._stub, self._name = channel, BackboneStub(channel), name
-
-    def handshake(self) -> Session:
-        card = self._stub.Describe(pb.DescribeRequest(), timeout=10)
-        identity = ephemeral_identity(self._name)
-        shake = ClientHandshake(
-            card.key_bundle, identity, identity.trust, cut="1:1", fingerprint=card.fingerprint, run="r"
-        )
-        try:
-            return shake.finish(self._stub.Handshake(shake.request, timeout=10))
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-
-    def stream(self, session: Session, records: list[bytes]) -> Any:
-        def requests() -> Iterator[bytes]:
-            yield from records
-            time.sleep(3600)  # says no more, and does not hang up
-
-        method: Any = self._channel.stream_stream(STEPS_METHOD)
-        call: Any = method(requests(), metadata=((SESSION_KEY, session.session_id.hex()),))
-        return call
-
-    def header(self, session: Session, num_tokens: int) -> bytes:
-        """The sealed header of a forward, without its tensor."""
-        spec = pb.TensorSpec(name="hidden", codec="fp32", shape=[num_tokens, 16], dtype="float32")
-        lengths = [200] * (num_tokens // 200) + [num_tokens % 200] * bool(num_tokens % 200)
-        request = pb.StepRequest(
-            kind=pb.FORWARD, reply_codec="fp32", lengths=lengths,
-            run_starts=[0] * len(lengths), run_lengths=lengths, tensors=[spec],
-        )  # fmt: skip
-        return next(seal_message(request.SerializeToString(), [], session.sealer))
-
-
 @pytest.fixture
 def channel(cloud: Cloud) -> Iterator[grpc.Channel]:
-    with grpc.insecure_channel(cloud.address) as channel:
+    with own_channel(cloud.address) as channel:
         yield channel
 
 
@@ -137,30 +99,53 @@ def test_a_header_that_announces_ten_gigabytes(cloud: Cloud, channel: grpc.Chann
     assert rss_bytes(cloud) - before_bytes < 16 * MIB
 
 
-def test_many_streams_with_half_a_step_each(cloud: Cloud, channel: grpc.Channel) -> None:
-    """Each step is within the limit, together they are over the tenant's share; they hold it for a second."""
-    abuser, started_s = Abuser(channel, "hoarder"), time.monotonic()
+def test_streams_that_announce_steps_and_send_nothing_take_nothing(
+    cloud: Cloud, channel: grpc.Channel
+) -> None:
+    """Each announces all that one client may have; what does not come is not counted."""
+    abuser, before_bytes = Abuser(channel, "hoarder"), rss_bytes(cloud)
     calls = []
-    for _ in range(6):
+    for _ in range(12):
         session = abuser.handshake()
-        calls.append(abuser.stream(session, [abuser.header(session, 6_000)]))  # 2 x 2 x 375 KiB
-    errors = [ends_with(call) for call in calls]
-    busy = [error for error in errors if isinstance(error, CloudBusyError)]
-    stalled = [error for error in errors if "did not come within 1 s" in error.message]
-    assert len(busy) == 4
-    assert "limit of 4,194,304 bytes of steps in flight for one client" in busy[0].message
-    assert len(stalled) == 2
-    assert all(error.transient for error in errors)
-    assert time.monotonic() - started_s < 10
-    with split_run(cloud.address, name="hoarder") as honest:  # what they held was given back
+        calls.append(abuser.stream(session, [abuser.header(session, 8_000)]))
+    time.sleep(0.3)
+    with split_run(cloud.address, name="hoarder") as honest:
         assert honest.gradients()
+        assert honest.retries == []
+    assert all("did not come within 1 s" in ends_with(call).message for call in calls)
+    assert rss_bytes(cloud) - before_bytes < 32 * MIB
+
+
+def test_many_streams_with_half_a_step_each(cloud: Cloud, channel: grpc.Channel) -> None:
+    """Each step is larger than one client's share, so they are admitted one at a time, for a second."""
+    abuser = Abuser(channel, "halves")
+    errors = [ends_with(call) for call in [abuser.half_a_step(65_500) for _ in range(6)]]
+    busy = [error for error in errors if isinstance(error, CloudBusyError)]
+    assert len(busy) == 5
+    assert "limit of 2,097,152 bytes of steps in flight for one client" in busy[0].message
+    assert all("did not come" in error.message for error in errors if error not in busy)
+    assert all(error.transient for error in errors)
+    with split_run(cloud.address, name="halves") as honest:  # what they held was given back
+        assert honest.gradients()
+
+
+def test_a_step_larger_than_a_share_leaves_the_others_theirs(cloud: Cloud, channel: grpc.Channel) -> None:
+    """It is admitted alone, trickles in, and is ended though no record of it is late."""
+    abuser = Abuser(channel, "giant")
+    call = abuser.half_a_step(65_500, pause_s=0.7)  # 4 MiB, 16 MiB with what is made of it
+    with split_run(cloud.address, name="patient") as other:
+        for seed in range(3):
+            assert other.gradients(seed)
+        assert other.retries == []
+    started_s = time.monotonic()
+    assert "did not come" in ends_with(call).message
+    assert time.monotonic() - started_s < 5
 
 
 def test_a_refusal_for_bytes_in_flight_is_retried(cloud: Cloud, channel: grpc.Channel) -> None:
     abuser = Abuser(channel, "shared")
     with split_run(cloud.address, name="shared") as run:
-        session = abuser.handshake()
-        call = abuser.stream(session, [abuser.header(session, 16_380)])  # 4 MB: all that one client may have
+        call = abuser.half_a_step(65_500)  # more than all that one client may have
         time.sleep(0.3)
         assert run.gradients()
         assert "bytes of steps in flight for one client. Retrying for up to" in run.retries[0]
@@ -182,8 +167,13 @@ def test_a_quota_counts_tenants_apart_and_together() -> None:
     for tenant, amount in (("b", 4), ("c", 6)):
         quota.give(tenant, amount)
     quota.take("huge", 1000)  # alone: the card's limit decides, not this one
-    with pytest.raises(CloudBusyError):
-        quota.take("a", 1)
+    with pytest.raises(CloudBusyError, match="for one client"):
+        quota.take("huge")
+    with pytest.raises(CloudBusyError, match="for all clients"):  # one such at a time
+        quota.take("giant", 1000)
+    quota.take("a", 4)  # its own share is not touched
+    with pytest.raises(CloudBusyError, match="for all clients"):
+        quota.take("b", 1)
 
 
 def test_sessions_wait_for_a_minute_and_are_taken_once() -> None:

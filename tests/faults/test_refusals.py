@@ -216,3 +216,13 @@ def test_tls_and_handshake_must_name_one_tenant(model: Path, tmp_path: Path) -> 
         assert shake.finish(BackboneStub(channel).Handshake(shake.request, timeout=10)).peer == "cloud"
         reply = BackboneStub(channel).Usage(pb.UsageRequest(), timeout=10)
         assert list(reply.runs) == []
+        # what ends TLS on the way has a certificate of its own: of the same authority, and no tenant's
+        ours = load_identity(tmp_path / "certs" / "cloud").tls
+        assert ours is not None
+        ended = grpc.ssl_channel_credentials(ours.ca, ours.key, ours.certificate)
+        with grpc.secure_channel(f"localhost:{cloud.port}", ended) as proxy:
+            with pytest.raises(IdentityError, match=r"names no tenant\..*a proxy .* must pass TLS through"):
+                Caller(proxy, clinic).ask()
+            with pytest.raises(grpc.RpcError) as caught:
+                BackboneStub(proxy).Usage(pb.UsageRequest(), timeout=10)
+            assert isinstance(error_from_rpc(caught.value), IdentityError)

@@ -42,7 +42,7 @@ from tightbeam.common.identity import Role, ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
-from tightbeam.common.wire.stepping import SESSION_KEY
+from tightbeam.common.wire.stepping import SESSION_KEY, billed_records
 from tightbeam.edge.carrier import RetryPolicy
 from tightbeam.edge.channel import Channel, Exchange
 from tightbeam.edge.split_model import build_split_model
@@ -128,7 +128,7 @@ class InProcessCloud:
 
     def forget_steps(self) -> None:
         """Lose what is held between forward and backward, as a restart does."""
-        self.engine._worker.submit(self.retention.clear).result(timeout=60)
+        self.engine._worker.submit("", self.retention.clear).result(timeout=60)
 
     def listen(self) -> str:
         """Serve gRPC on a free port of loopback, without TLS; gives "host:port"."""
@@ -259,7 +259,8 @@ class InProcessChannel:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            asked = _Asked(header, sum(p.numel() for p in payloads), future)
+            counted = payloads[:1] if header.kind == pb.BACKWARD else payloads
+            asked = _Asked(header, sum(p.numel() for p in counted), future)
             self._asked[header.step, header.kind] = asked
             for record in seal_message(header.SerializeToString(), payloads, self._session.sealer):
                 asked.sealed_sizes.append(len(record))
@@ -305,15 +306,16 @@ class InProcessChannel:
 
 
 def _exchange(asked: _Asked, message: Message[pb.StepReply]) -> Exchange:
+    up = billed_records(asked.header, asked.sealed_sizes)
     moved = StepBytes(
         payload_up_bytes=asked.payload_bytes,
         payload_down_bytes=message.payload_bytes,
-        sealed_up_bytes=sum(asked.sealed_sizes),
+        sealed_up_bytes=sum(up),
         sealed_down_bytes=sum(message.sealed_sizes),
-        wire_up_bytes=wire_bytes(asked.sealed_sizes, tls=False),
+        wire_up_bytes=wire_bytes(up, tls=False),
         wire_down_bytes=wire_bytes(message.sealed_sizes, tls=False),
     )
-    return Exchange(message, moved, 0.0, 0.0)
+    return Exchange(message, moved, 0.0, 0.0, wire_bytes(asked.sealed_sizes[len(up) :], tls=False))
 
 
 class Fault(Enum):

@@ -138,9 +138,8 @@ def test_a_request_without_a_map() -> None:
 
 
 def test_another_map_is_another_content() -> None:
-    payload = torch.zeros(4, dtype=torch.uint8)
     contents = {
-        content_sha256(header, "1:1", payload)
+        content_sha256(header, "1:1", [b"digest"])
         for header in (request([], []), request([0, 0, 0], [0, 1, 1]), request([0, 0, 1], [0, 1, 1]))
     }
     assert len(contents) == 3

@@ -44,7 +44,9 @@ def serve(
         int | None, typer.Option(help="Elements per tap and token; a sixteenth of the hidden size.")
     ] = None,
     taps: Annotated[int, typer.Option(help="Most taps in one step; 0 hands out none.")] = 16,
-    ledger: Annotated[Path, typer.Option(help="SQLite file of who used what.")] = Path("ledger.db"),
+    ledger: Annotated[
+        str, typer.Option(metavar="FILE", help="Who used what: a SQLite file, or postgresql://...")
+    ] = "ledger.db",
     prices: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="YAML with what the cloud asks; else it names no prices."),

@@ -1,7 +1,7 @@
 """What the cloud takes on at a time, in all and from one tenant: a bound on its memory.
 
-A tenant over its share is refused with CloudBusyError, which its edge retries; the others have theirs. One
-thing alone is always admitted, however large: what a step may be is the card's limit, not this one.
+A tenant over its share is refused with CloudBusyError, which its edge retries; the others have theirs. What a
+step may be is the card's limit, not this one, so a step larger than a share is admitted where it is alone.
 """
 
 import time
@@ -20,8 +20,15 @@ _WAIT_S = 60.0  # between a handshake and its stream
 class Quota:
     """An amount that tenants share. Used from the event loop only."""
 
-    def __init__(self, what: str, total: int, per_tenant: int) -> None:
-        self._what, self._total, self._per_tenant = what, total, per_tenant
+    def __init__(
+        self,
+        what: str,
+        total: int,
+        per_tenant: int,
+        *,
+        cure: str = "Retry later; close streams that are not in use, or send smaller steps.",
+    ) -> None:
+        self._what, self._total, self._per_tenant, self._cure = what, total, per_tenant, cure
         self._used: Counter[str] = Counter()
 
     @property
@@ -29,18 +36,30 @@ class Quota:
         """By all tenants together."""
         return self._used.total()
 
-    def take(self, tenant: str, amount: int = 1) -> None:
-        """Count `amount` for `tenant`; raises CloudBusyError when that is over its share or the total."""
-        for used, limit, whose in (
-            (self._used[tenant], self._per_tenant, "for one client"),
-            (self.used, self._total, "for all clients"),
-        ):
-            if used and used + amount > limit:
-                raise CloudBusyError(
-                    f"The cloud is at its limit of {limit:,} {self._what} {whose}.",
-                    cure="Retry later; close streams that are not in use, or send smaller steps.",
-                )
-        self._used[tenant] += amount
+    def used_by(self, tenant: str) -> int:
+        """By one tenant."""
+        return self._used.get(tenant, 0)
+
+    def take(self, tenant: str, amount: int = 1, *, instead_of: int = 0) -> None:
+        """Count `amount` for `tenant`, in place of what it took before.
+
+        Raises CloudBusyError when that is over its share or the total. One thing larger than a share is
+        admitted alone, one in the cloud at a time, and takes nothing of the others' shares.
+        """
+        self.check(tenant, amount, instead_of=instead_of)
+        self._used[tenant] += amount - instead_of
+
+    def check(self, tenant: str, amount: int, *, instead_of: int = 0) -> None:
+        """Raise what `take` would raise now."""
+        share, mine = self._per_tenant, self.used_by(tenant) - instead_of
+        others = [used for name, used in self._used.items() if name != tenant]
+        if mine + amount <= share:
+            if sum(min(used, share) for used in others) + mine + amount > self._total:
+                raise self._busy(self._total, "for all clients")
+        elif mine:
+            raise self._busy(share, "for one client")
+        elif any(used > share for used in others):
+            raise self._busy(self._total, "for all clients")
 
     def give(self, tenant: str, amount: int = 1) -> None:
         """Return what was taken."""
@@ -48,6 +67,11 @@ class Quota:
         assert self._used[tenant] >= 0
         if not self._used[tenant]:
             del self._used[tenant]
+
+    def _busy(self, limit: int, whose: str) -> CloudBusyError:
+        return CloudBusyError(
+            f"The cloud is at its limit of {limit:,} {self._what} {whose}.", cure=self._cure
+        )
 
 
 @dataclass(frozen=True, slots=True)

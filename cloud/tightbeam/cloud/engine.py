@@ -1,13 +1,11 @@
-"""One worker thread owns the device and runs steps of the trunk, one after the other.
+"""One worker thread owns the device and runs steps of the trunk, one after the other; tenants take turns.
 
 Forward and backward are functions of frozen weights and the request, so one can run again after a loss: with
 the same bits on a CPU, within rounding on a GPU. Adapters live at the edge: all tenants share what is here.
 """
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Literal, TypeVar
 
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tightbeam.cloud.retention import Kept, Retention, StepKey
+from tightbeam.cloud.turns import TurnPool
 from tightbeam.common.backbone import PackedTrunk, Projection, Segments, Taps
 from tightbeam.common.costs.flops import TrunkFlops
 from tightbeam.common.errors import CloudBusyError, NonFiniteError, ProtocolError, UnknownStepError
@@ -34,6 +33,7 @@ class Done:
     compute_s: float
     retention: Literal["hold", "recompute"]
     taps: dict[int, Tensor] = field(default_factory=dict)  # block -> [N, size]
+    inputs_sha256: bytes = b""  # of a backward: of the inputs that it went through, as they crossed
 
 
 class Engine:
@@ -54,19 +54,32 @@ class Engine:
         self._dtype = dtype
         self._device = trunk.device()
         self._projections = {name: p.to(self._device) for name, p in (projections or {}).items()}
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="device")
+        self._worker = TurnPool(1, "device")
         self._flops: dict[range, TrunkFlops] = {}
 
     async def forward(
-        self, key: StepKey, hidden_ND: Tensor, segments: Segments, span: range, *, keep: bool
+        self,
+        key: StepKey,
+        hidden_ND: Tensor,
+        segments: Segments,
+        span: range,
+        *,
+        keep: bool,
+        sha256: bytes = b"",
     ) -> Done:
         """Hidden states after the span, `[N, D]`; with `keep`, a backward will follow.
 
+        `sha256` is of `hidden_ND` as it crossed.
+
         Raises `NonFiniteError` for NaN or Inf in `hidden_ND`.
         """
-        return await self._queue(lambda: self._forward(key, hidden_ND, segments, span, keep))
+        return await self._queue(
+            key.tenant, lambda: self._forward(key, hidden_ND, segments, span, keep, sha256)
+        )
 
-    async def forward_tapped(self, hidden_ND: Tensor, segments: Segments, span: range, taps: Taps) -> Done:
+    async def forward_tapped(
+        self, tenant: str, hidden_ND: Tensor, segments: Segments, span: range, taps: Taps
+    ) -> Done:
         """As `forward` without `keep`, and the taps beside it; `taps` were admitted."""
         tapped: dict[int, Tensor] = {}
 
@@ -74,27 +87,41 @@ class Engine:
             out_ND, flops = self._forward_tapped(hidden_ND, segments, span, taps, tapped)
             return out_ND, flops, "recompute"
 
-        return replace(await self._queue(work), taps=tapped)
+        return replace(await self._queue(tenant, work), taps=tapped)
 
     async def backward(
-        self, key: StepKey, grad_ND: Tensor, hidden_ND: Tensor | None, segments: Segments, span: range
+        self,
+        key: StepKey,
+        grad_ND: Tensor,
+        hidden_ND: Tensor | None,
+        segments: Segments,
+        span: range,
+        *,
+        sha256: bytes = b"",
     ) -> Done:
         """The gradient of the span's input, `[N, D]`, from that of its output.
 
-        Raises `UnknownStepError` when the step is not kept and no `hidden_ND` came along.
+        `sha256` is of `hidden_ND` as it crossed. Raises `UnknownStepError` when the step is not kept and no
+        `hidden_ND` came along.
         """
-        return await self._queue(lambda: self._backward(key, grad_ND, hidden_ND, segments, span))
+        used: list[bytes] = []
+        done = await self._queue(
+            key.tenant, lambda: self._backward(key, grad_ND, hidden_ND, segments, span, sha256, used)
+        )
+        return replace(done, inputs_sha256=used[0])
 
-    def forget_session(self, session: str) -> None:
+    def forget_session(self, tenant: str, session: str) -> None:
         """Free what a session that ended has left; returns at once."""
-        self._worker.submit(self._retention.discard_session, session)
+        self._worker.submit(tenant, lambda: self._retention.discard_session(tenant, session))
 
     def close(self) -> None:
         """Finish the running step and forget what is kept."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._worker.close()
         self._retention.clear()
 
-    async def _queue(self, work: Callable[[], tuple[Tensor, int, Literal["hold", "recompute"]]]) -> Done:
+    async def _queue(
+        self, tenant: str, work: Callable[[], tuple[Tensor, int, Literal["hold", "recompute"]]]
+    ) -> Done:
         arrived_s = time.perf_counter()
 
         def run() -> Done:
@@ -111,17 +138,17 @@ class Engine:
             done_s = time.perf_counter()
             return Done(tensor_ND, flops, started_s - arrived_s, done_s - started_s, retention)
 
-        return await asyncio.get_running_loop().run_in_executor(self._worker, run)
+        return await self._worker.run(tenant, run)
 
     def _forward(
-        self, key: StepKey, hidden_ND: Tensor, segments: Segments, span: range, keep: bool
+        self, key: StepKey, hidden_ND: Tensor, segments: Segments, span: range, keep: bool, sha256: bytes
     ) -> tuple[Tensor, int, Literal["hold", "recompute"]]:
         hidden_ND = self._admit(hidden_ND, "activations")
-        hold = keep and self._retention.can_hold(segments, span)
+        hold = keep and self._retention.can_hold(key.tenant, segments, span)
         with torch.set_grad_enabled(hold):
             out_ND = self._trunk.run(hidden_ND.requires_grad_(hold), segments, span)
         if keep:
-            self._retention.put(key, hidden_ND, out_ND if hold else None, segments, span)
+            self._retention.put(key, Kept(hidden_ND, out_ND if hold else None, segments, span, sha256))
         flops = self._count(span).forward(segments.lengths)
         return out_ND.detach(), flops, "hold" if hold else "recompute"
 
@@ -140,25 +167,33 @@ class Engine:
         return out_ND, flops
 
     def _backward(
-        self, key: StepKey, grad_ND: Tensor, hidden_ND: Tensor | None, segments: Segments, span: range
+        self,
+        key: StepKey,
+        grad_ND: Tensor,
+        hidden_ND: Tensor | None,
+        segments: Segments,
+        span: range,
+        sha256: bytes,
+        used: list[bytes],
     ) -> tuple[Tensor, int, Literal["hold", "recompute"]]:
         grad_ND = self._admit(grad_ND, "gradients")
         kept = self._retention.take(key)
         if kept is None:
             if hidden_ND is None:
                 raise UnknownStepError(
-                    f"Step {key[2]} of run {key[1]!r} is not held here.", cure="Send its inputs."
+                    f"Step {key.step} of run {key.run!r} is not held here.", cure="Send its inputs."
                 )
             hidden_ND = self._admit(hidden_ND, "activations")
-            kept = Kept(hidden_ND, None, segments, span, 0)
+            kept = Kept(hidden_ND, None, segments, span, sha256)
         elif kept.span != span or kept.segments.lengths != segments.lengths:
             raise ProtocolError("A backward has other segments or another cut than its forward.")
+        used.append(kept.inputs_sha256)
         recompute = kept.out_ND is None
         if kept.out_ND is None:
             with torch.enable_grad():
                 kept.out_ND = self._trunk.run(kept.hidden_ND.requires_grad_(), segments, span)
         (grad_input_ND,) = torch.autograd.grad(kept.out_ND, kept.hidden_ND, grad_ND)
-        flops = self._count(span).backward(segments.lengths, recompute=recompute)
+        flops = self._count(span).backward(segments.lengths)  # what is not held is run again at our cost
         return grad_input_ND, flops, "recompute" if recompute else "hold"
 
     def _admit(self, tensor_ND: Tensor, what: str) -> Tensor:

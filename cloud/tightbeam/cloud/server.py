@@ -20,11 +20,12 @@ from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger
 from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.cloud.retention import Retention
+from tightbeam.cloud.rpc import reading
 from tightbeam.cloud.service import BackboneService
 from tightbeam.common.backbone import MAX_TAPS, CutPolicy
 from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.devices import free_memory_bytes
-from tightbeam.common.errors import IdentityError, UsageError
+from tightbeam.common.errors import IdentityError, TightbeamError, UsageError
 from tightbeam.common.identity import Identity, Role, ephemeral_identity, load_identity
 from tightbeam.common.wire.handshake import CloudKeys
 from tightbeam.common.wire.lines import LIVENESS
@@ -36,6 +37,7 @@ __all__ = ["SERVICE", "ServeOptions", "serve"]
 _log = logging.getLogger(__name__)
 SERVICE = pb.DESCRIPTOR.services_by_name["Backbone"].full_name
 _DRAIN_S = 30.0
+_WATCH_S = 2.0
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.so_reuseport", 0),  # a second server on the port must fail, not share it
@@ -58,7 +60,7 @@ class ServeOptions:
     device: str = "auto"
     dtype: str = "auto"
     retention_bytes: int | None = None  # None: a quarter of free memory
-    ledger: Path = Path("ledger.db")
+    ledger: str = "ledger.db"  # file or SQLAlchemy URL
     max_tokens_per_step: int = 65536
     in_flight_bytes: int | None = None  # of steps on their way; None: a quarter of free host memory
     prices: PriceList | None = None  # what the cloud asks; None: it names no prices
@@ -113,8 +115,10 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
         await server.start()
         await health.set("", health_pb2.HealthCheckResponse.SERVING)
         await health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        watching = asyncio.create_task(_watch(ledger, health))
         on_ready(port)
         await _signalled()
+        watching.cancel()
         _log.info("draining: running steps get %.0f s", _DRAIN_S)
         await health.enter_graceful_shutdown()
         await service.drain(_DRAIN_S)
@@ -124,22 +128,36 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
         ledger.close()
 
 
+async def _watch(ledger: Ledger, health: HealthServicer) -> None:
+    """Serve only while steps can be billed."""
+    told = ""
+    while True:
+        status, problem = health_pb2.HealthCheckResponse.SERVING, ""
+        try:
+            await asyncio.to_thread(ledger.check)
+        except TightbeamError as error:
+            status, problem = health_pb2.HealthCheckResponse.NOT_SERVING, str(error)
+        if problem != told:
+            _log.error("%s", problem or "the ledger can be written again")
+            told = problem
+        await health.set("", status)
+        await health.set(SERVICE, status)
+        await asyncio.sleep(_WATCH_S)
+
+
 def _handlers(service: BackboneService) -> grpc.GenericRpcHandler:
-    """Do as the generated registration does, but `Steps` hands raw bytes through."""
-    unary: dict[str, tuple[Any, Any]] = {
-        "Describe": (service.describe, pb.DescribeRequest),
-        "Handshake": (service.handshake, pb.HandshakeRequest),
-        "Usage": (service.usage, pb.UsageRequest),
+    """Do as the generated registration does, but requests are read by us, and `Steps` are raw bytes."""
+    unary: dict[str, Any] = {
+        "Describe": reading(service.describe, pb.DescribeRequest),
+        "Handshake": reading(service.handshake, pb.HandshakeRequest),
+        "Usage": reading(service.usage, pb.UsageRequest),
     }
     handlers: dict[str, grpc.RpcMethodHandler[Any, Any]] = {
-        name: grpc.unary_unary_rpc_method_handler(
-            method, request_deserializer=request.FromString, response_serializer=_serialize
-        )
-        for name, (method, request) in unary.items()
+        name: grpc.unary_unary_rpc_method_handler(method, response_serializer=_serialize)
+        for name, method in unary.items()
     }
-    handlers["Download"] = grpc.unary_stream_rpc_method_handler(
-        service.download, request_deserializer=pb.DownloadRequest.FromString, response_serializer=_serialize
-    )
+    download: Any = reading(service.download, pb.DownloadRequest)
+    handlers["Download"] = grpc.unary_stream_rpc_method_handler(download, response_serializer=_serialize)
     handlers["Steps"] = grpc.stream_stream_rpc_method_handler(service.steps)
     return grpc.method_handlers_generic_handler(SERVICE, handlers)
 

@@ -5,26 +5,35 @@ Follow one step: `BackboneService.steps` here, then `StepStream` (stream.py) for
 """
 
 import asyncio
-from collections.abc import AsyncIterator
-from concurrent.futures import ThreadPoolExecutor
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from functools import partial
 
 from tightbeam.cloud.admission import Opening, Quota, WaitingRoom
 from tightbeam.cloud.backbone import Backbone
 from tightbeam.cloud.card import make_card
 from tightbeam.cloud.engine import Engine
-from tightbeam.cloud.ledger import Ledger, RunUsage
+from tightbeam.cloud.ledger import USAGE_PAGE, Ledger, RunUsage
 from tightbeam.cloud.rpc import Context, abort, caller, require_same_tenant
 from tightbeam.cloud.steps import StepRunner, receipt
-from tightbeam.cloud.stream import StepStream
+from tightbeam.cloud.stream import StepStream, write
 from tightbeam.cloud.tapping import TapRules
+from tightbeam.cloud.turns import TurnPool
 from tightbeam.common.backbone import Cut
-from tightbeam.common.errors import FingerprintError, StaleHandshakeError, TightbeamError, UsageError
+from tightbeam.common.errors import (
+    FingerprintError,
+    StaleHandshakeError,
+    TightbeamError,
+    UsageError,
+)
 from tightbeam.common.identity import Trust
 from tightbeam.common.wire.handshake import CloudKeys
 from tightbeam.common.wire.stepping import SESSION_KEY
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = ["BackboneService"]
+
+_MAX_USAGE_RUNS = 100  # named in one question
 
 
 class BackboneService:
@@ -45,7 +54,8 @@ class BackboneService:
         self._backbone, self._ledger, self._tls = backbone, ledger, tls
         self._keys, self._trust = keys, trust
         self._card = make_card(backbone, max_tokens_per_step)
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="codec")
+        self._pool = TurnPool(4, "codec")
+        self._files = TurnPool(2, "files")  # downloads and usage: steps do not wait for them
         self._runner = StepRunner(
             engine, ledger, self._pool,
             hidden_size=backbone.trunk.hidden_size, limits=self._card.limits,
@@ -53,6 +63,7 @@ class BackboneService:
         )  # fmt: skip
         self._waiting = WaitingRoom(Quota("sessions without a stream", 512, 16))
         self._open_streams = Quota("open streams", 512, 32)
+        self._calls = Quota("downloads and questions at a time", 64, 8)
         self._in_flight_bytes = Quota("bytes of steps in flight", in_flight_bytes, in_flight_bytes // 2)
         self._streams: set[StepStream] = set()
 
@@ -72,19 +83,18 @@ class BackboneService:
             card.prices.CopyFrom(card.key_bundle.prices)
         return card
 
-    async def download(
-        self, request: pb.DownloadRequest, context: Context
-    ) -> AsyncIterator[pb.DownloadChunk]:
+    async def download(self, request: pb.DownloadRequest, context: Context) -> None:
         """One blob from any offset."""
-        blob = self._backbone.blobs_by_hash.get(request.sha256)
-        if blob is None or request.offset > blob.num_bytes:
-            await abort(
-                context, UsageError("This cloud has no such blob.", cure="Ask Describe for its blobs.")
-            )
-        pieces = blob.read(request.offset)
-        loop = asyncio.get_running_loop()
-        while (piece := await loop.run_in_executor(self._pool, next, pieces, None)) is not None:
-            yield pb.DownloadChunk(data=piece)
+        try:
+            with self._call(context) as tenant:
+                blob = self._backbone.blobs_by_hash.get(request.sha256)
+                if blob is None or request.offset > blob.num_bytes:
+                    raise UsageError("This cloud has no such blob.", cure="Ask Describe for its blobs.")
+                pieces = blob.read(request.offset)
+                while (piece := await self._files.run(tenant, partial(next, pieces, None))) is not None:
+                    await write(context, pb.DownloadChunk(data=piece))
+        except TightbeamError as error:
+            await abort(context, error)
 
     async def handshake(self, request: pb.HandshakeRequest, context: Context) -> pb.HandshakeReply:
         """Agree on the keys of one stream, for one run at one cut of this backbone.
@@ -102,6 +112,8 @@ class BackboneService:
                     f"{self._backbone.fingerprint[:12]}.",
                     cure="Load the model again from this cloud, or connect to the one it came from.",
                 )
+            if not session.run.isprintable():
+                raise UsageError("The run's name holds control characters.", cure="Use letters and digits.")
             span = self._backbone.policy.check(Cut.parse(session.cut), self._backbone.trunk.num_blocks)
             self._waiting.put(session, span)
         except TightbeamError as error:
@@ -109,14 +121,27 @@ class BackboneService:
         return reply
 
     async def usage(self, request: pb.UsageRequest, context: Context) -> pb.UsageReply:
-        """The caller's runs, from the ledger."""
+        """A page of the caller's runs, from the ledger."""
         try:
-            tenant = caller(context, tls=self._tls)
+            with self._call(context) as tenant:
+                if len(request.runs) > _MAX_USAGE_RUNS:
+                    raise UsageError(f"Usage of more than {_MAX_USAGE_RUNS} runs was asked at once.")
+                rows = await self._files.run(
+                    tenant, partial(self._ledger.usage, tenant, list(request.runs), after=request.after)
+                )
         except TightbeamError as error:
             await abort(context, error)
-        loop, runs = asyncio.get_running_loop(), list(request.runs) or None
-        rows = await loop.run_in_executor(self._pool, self._ledger.usage, tenant, runs)
-        return pb.UsageReply(runs=[_usage(row) for row in rows])
+        return pb.UsageReply(runs=[_usage(row) for row in rows], more=len(rows) == USAGE_PAGE)
+
+    @contextlib.contextmanager
+    def _call(self, context: Context) -> Iterator[str]:
+        """The tenant of a call beside the steps, counted while it lasts."""
+        tenant = caller(context, tls=self._tls)
+        self._calls.take(tenant)
+        try:
+            yield tenant
+        finally:
+            self._calls.give(tenant)
 
     async def steps(self, records: AsyncIterator[bytes], context: Context) -> None:
         """The stream of one session."""

@@ -4,18 +4,19 @@ Codecs, hashes and the ledger run in a thread pool; the engine's one worker owns
 durable before `StepRunner.run` returns, so before its reply leaves.
 """
 
-import asyncio
 import math
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import ParamSpec, TypeVar
+from collections.abc import Sequence
+from functools import partial
 
 from torch import Tensor
 
 from tightbeam.cloud.engine import Done, Engine
 from tightbeam.cloud.ledger import Ledger, LedgerEntry
+from tightbeam.cloud.repeats import Repeats
+from tightbeam.cloud.retention import StepKey
 from tightbeam.cloud.tapping import TapRules
-from tightbeam.common.backbone import tap_name
+from tightbeam.cloud.turns import TurnPool
+from tightbeam.common.backbone import Segments, tap_name
 from tightbeam.common.costs.framing import wire_bytes
 from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, ProtocolError, StepTooLargeError
@@ -27,20 +28,20 @@ from tightbeam.common.wire.stepping import (
     GRADIENT,
     HIDDEN,
     KINDS,
+    billed_records,
     content_sha256,
     header_segments,
     rounding_seed,
+    tensor_sha256,
 )
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = ["StepRunner", "receipt"]
 
-P = ParamSpec("P")
-T = TypeVar("T")
-
 # what a request may carry; a backward brings its inputs along when the cloud lost them
 _TENSORS = {pb.FORWARD: [[HIDDEN]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
 _DECODED_ITEM_BYTES = 4  # codecs compute in float32
+_MAX_STEP = 2**63 - 1  # that a ledger holds
 
 
 class StepRunner:
@@ -50,17 +51,18 @@ class StepRunner:
         self,
         engine: Engine,
         ledger: Ledger,
-        pool: ThreadPoolExecutor,
+        pool: TurnPool,
         *,
         hidden_size: int,
         limits: pb.Limits,
         tap_rules: TapRules,
         tls: bool,
     ) -> None:
-        self._engine, self._ledger, self._pool = engine, ledger, pool
+        self._engine, self._pool = engine, pool
         self._hidden_size, self._limits, self._tls = hidden_size, limits, tls
         self._tap_rules = tap_rules
         self._draining = False
+        self._repeats = Repeats(ledger, pool)
 
     def drain(self) -> None:
         """Start no more steps."""
@@ -69,7 +71,7 @@ class StepRunner:
     def forget(self, session: Session) -> None:
         """Free what the steps of a session that ended have left."""
         if not self._draining:
-            self._engine.forget_session(session.session_id.hex())
+            self._engine.forget_session(session.peer, session.session_id.hex())
 
     def require_open(self) -> None:
         """Refuse new work while the cloud shuts down."""
@@ -84,6 +86,8 @@ class StepRunner:
         Raises `StepTooLargeError` for one that will never be accepted, `ProtocolError` for one that
         contradicts itself, `StepRefusedError` for taps that are not on offer, `CodecError`.
         """
+        if header.step > _MAX_STEP:
+            raise ProtocolError(f"The step number {header.step} is over {_MAX_STEP}.")
         num_tokens = sum(header.lengths)
         if num_tokens > self._limits.max_tokens_per_step:
             raise StepTooLargeError(
@@ -127,36 +131,58 @@ class StepRunner:
     ) -> tuple[pb.StepReply, list[Tensor]]:
         """Compute and bill one step; gives the reply and its payloads. Raises what `Engine` raises."""
         self.require_open()
-        header = message.header
-        segments, prefixes = header_segments(header), SharedPrefixes.read(header)
-        rows = None if prefixes is None else await self._in_pool(prefixes.row_map, segments.positions_N)
-        key = (session.session_id.hex(), session.run, header.step)
-        sha256 = await self._in_pool(content_sha256, header, session.cut, message.payloads[0])
-        if header.kind == pb.FORWARD:
-            hidden_ND = await self._in_pool(message.tensor, HIDDEN)
-            if rows is not None:
-                hidden_ND = await self._in_pool(rows.spread, hidden_ND)
-            taps = self._tap_rules.check(header, span)
-            done = await (
-                self._engine.forward(key, hidden_ND, segments, span, keep=header.keep)
-                if taps is None
-                else self._engine.forward_tapped(hidden_ND, segments, span, taps)
-            )
-        else:
-            grad_ND = await self._in_pool(message.tensor, GRADIENT)
-            inputs_ND = await self._in_pool(message.tensor, HIDDEN) if message.has(HIDDEN) else None
-            done = await self._engine.backward(key, grad_ND, inputs_ND, segments, span)
-        coded = await self._encode(header, session, done, rows)
-        payloads = [payload for _, payload in coded]
-        reply = pb.StepReply(
-            step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
-            queue_s=done.queue_s, compute_s=done.compute_s, flops=done.flops,
-        )  # fmt: skip
-        moved = self._measure(message, reply, payloads)
-        billed = await self._in_pool(self._ledger.record, _entry(header, session, sha256.hex(), done, moved))
-        if billed.before is not None:
-            reply.billed_before.CopyFrom(receipt(billed.before))
-        return reply, payloads
+        header, pool = message.header, partial(self._pool.run, session.peer)
+        key = session.peer, session.run, header.step, KINDS[header.kind]
+        with self._repeats.alone(key):
+            digests = [
+                await pool(partial(tensor_sha256, spec, payload))
+                for spec, payload in zip(header.tensors, message.payloads, strict=True)
+            ]
+            # of a backward that does not bring its inputs along, they are known when the held step is found
+            known = header.kind == pb.FORWARD or len(digests) > 1
+            await self._repeats.expect(key, _content(header, session, digests) if known else "")
+            prefixes, segments = SharedPrefixes.read(header), header_segments(header)
+            rows = None if prefixes is None else await pool(partial(prefixes.row_map, segments.positions_N))
+            done = await self._compute(message, session, span, segments, rows, digests[-1])
+            if header.kind == pb.BACKWARD:
+                digests = [digests[0], done.inputs_sha256]
+            coded = await self._encode(header, session, done, rows)
+            payloads = [payload for _, payload in coded]
+            reply = pb.StepReply(
+                step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
+                queue_s=done.queue_s, compute_s=done.compute_s, flops=done.flops,
+            )  # fmt: skip
+            moved = await self._measure(message, session, reply, payloads)
+            entry = _entry(header, session, _content(header, session, digests), done, moved)
+            billed = await self._repeats.bill(entry)
+            if billed.before is not None:
+                reply.billed_before.CopyFrom(receipt(billed.before))
+            return reply, payloads
+
+    async def _compute(
+        self,
+        message: Message[pb.StepRequest],
+        session: Session,
+        span: range,
+        segments: Segments,
+        rows: RowMap | None,
+        inputs_sha256: bytes,
+    ) -> Done:
+        header, pool = message.header, partial(self._pool.run, session.peer)
+        key = StepKey(session.peer, session.session_id.hex(), session.run, header.step)
+        if header.kind == pb.BACKWARD:
+            grad_ND = await pool(partial(message.tensor, GRADIENT))
+            hidden_ND = await pool(partial(message.tensor, HIDDEN)) if message.has(HIDDEN) else None
+            return await self._engine.backward(key, grad_ND, hidden_ND, segments, span, sha256=inputs_sha256)
+        hidden_ND = await pool(partial(message.tensor, HIDDEN))
+        if rows is not None:
+            hidden_ND = await pool(partial(rows.spread, hidden_ND))
+        taps = self._tap_rules.check(header, span)
+        if taps is not None:
+            return await self._engine.forward_tapped(session.peer, hidden_ND, segments, span, taps)
+        return await self._engine.forward(
+            key, hidden_ND, segments, span, keep=header.keep, sha256=inputs_sha256
+        )
 
     async def _encode(
         self,
@@ -171,28 +197,35 @@ class StepRunner:
         results = {name: done.tensor_ND} | {tap_name(block): t for block, t in done.taps.items()}
         if rows is not None:
             results = {name: rows.pick(tensor) for name, tensor in results.items()}
+        encode = partial(encode_tensor, codec_name=header.reply_codec, seed=seed)
         return [
-            await self._in_pool(encode_tensor, result, tensor, header.reply_codec, seed)
+            await self._pool.run(session.peer, partial(encode, result, tensor))
             for result, tensor in results.items()
         ]
 
-    def _measure(
-        self, message: Message[pb.StepRequest], reply: pb.StepReply, payloads: list[Tensor]
+    async def _measure(
+        self, message: Message[pb.StepRequest], session: Session, reply: pb.StepReply, payloads: list[Tensor]
     ) -> StepBytes:
+        """What the tenant pays for: not for inputs again that its forward has paid for."""
+        header, up, payload_up = message.header, message.sealed_sizes, message.payload_bytes
+        if header.kind == pb.BACKWARD and message.has(HIDDEN):
+            paid = await self._repeats.billed((session.peer, session.run, header.step, KINDS[pb.FORWARD]))
+            if paid is not None and paid.tokens == sum(header.lengths):
+                up, payload_up = billed_records(header, up), message.payloads[0].numel()
         sizes = [payload.numel() for payload in payloads]
         down = sealed_sizes(reply.SerializeToString(), sizes)
         return StepBytes(
-            payload_up_bytes=message.payload_bytes,
+            payload_up_bytes=payload_up,
             payload_down_bytes=sum(sizes),
-            sealed_up_bytes=sum(message.sealed_sizes),
+            sealed_up_bytes=sum(up),
             sealed_down_bytes=sum(down),
-            wire_up_bytes=wire_bytes(message.sealed_sizes, tls=self._tls),
+            wire_up_bytes=wire_bytes(up, tls=self._tls),
             wire_down_bytes=wire_bytes(down, tls=self._tls),
         )
 
-    async def _in_pool(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        assert not kwargs
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+def _content(header: pb.StepRequest, session: Session, digests: Sequence[bytes]) -> str:
+    return content_sha256(header, session.cut, digests).hex()
 
 
 def _footprint(codec_name: str, shape: list[int]) -> int:

@@ -6,21 +6,25 @@ says ends the stream; a step that fails otherwise is answered by a failure, and 
 
 import asyncio
 import logging
+import math
 from collections.abc import AsyncIterator
+
+import grpc
 
 from tightbeam.cloud.admission import Opening, Quota
 from tightbeam.cloud.rpc import Context, abort
 from tightbeam.cloud.steps import StepRunner
 from tightbeam.common.errors import CloudUnavailableError, TightbeamError
 from tightbeam.common.wire.lines import PATIENCE_S
-from tightbeam.common.wire.messages import Message, MessageReader, seal_message
+from tightbeam.common.wire.messages import Message, MessageReader, payload_bytes, seal_message
 from tightbeam.proto import backbone_pb2 as pb
 
-__all__ = ["StepStream"]
+__all__ = ["StepStream", "write"]
 
 _log = logging.getLogger(__name__)
 _STEPS_IN_FLIGHT = 8  # a client that sends more waits
 STALL_S = PATIENCE_S  # for the next record of a message, either way
+MIN_BYTES_PER_S = 1 << 15  # of a whole message, after STALL_S; a stream that trickles holds what has arrived
 
 
 class StepStream:
@@ -32,7 +36,9 @@ class StepStream:
         self._session, self._span = opening.session, opening.span
         self._runner, self._context = runner, context
         self._quota = in_flight_bytes
-        self._arriving_bytes = 0  # admitted for the message that is being read
+        self._arrived_bytes = 0  # of the message that is being read
+        self._whole_bytes = 0  # that it will take once it is here
+        self._until_s = 0.0  # it must be here
         self._room = asyncio.Semaphore(_STEPS_IN_FLIGHT)
         self._writing = asyncio.Lock()
         self._answers: set[asyncio.Task[None]] = set()
@@ -47,7 +53,7 @@ class StepStream:
         except* TightbeamError as group:
             ended_by = _first(group)
         finally:
-            self._give(self._arriving_bytes)
+            self._give(self._arrived_bytes)
             self._runner.forget(session)
         if ended_by is not None:
             _log.warning("stream of %s closed: %s", session.peer, ended_by.message)
@@ -60,19 +66,36 @@ class StepStream:
 
     async def _read(self, records: AsyncIterator[bytes], answers: asyncio.TaskGroup) -> None:
         reader = MessageReader(self._session.opener, pb.StepRequest, self._admit)
-        while (record := await _next_record(records, reader)) is not None:
+        while (record := await self._next_record(records, reader)) is not None:
             message = reader.feed(record)
+            self._count(self._arrived_bytes + len(record) if message is None else self._whole_bytes)
             if message is not None:
                 await self._room.acquire()
                 self._begin(message, answers)
 
+    async def _next_record(
+        self, records: AsyncIterator[bytes], reader: MessageReader[pb.StepRequest]
+    ) -> bytes | None:
+        """The next record, None at the end of the stream; between two messages an edge may take its time."""
+        stalled_s = asyncio.get_running_loop().time() + STALL_S
+        try:
+            async with asyncio.timeout_at(None if reader.idle else min(stalled_s, self._until_s)):
+                return await anext(records, None)
+        except TimeoutError:
+            raise CloudUnavailableError(f"The rest of a step did not come within {STALL_S:.0f} s.") from None
+
     def _admit(self, header: pb.StepRequest) -> None:
-        num_bytes = self._runner.admit(header, self._span)
-        self._quota.take(self._session.peer, num_bytes)
-        self._arriving_bytes = num_bytes
+        """Refuse a message that would not fit now; what it takes is counted as it arrives."""
+        self._whole_bytes = self._runner.admit(header, self._span)
+        self._quota.check(self._session.peer, self._whole_bytes)
+        self._until_s = _deadline_s(sum(map(payload_bytes, header.tensors)))
+
+    def _count(self, num_bytes: int) -> None:
+        self._quota.take(self._session.peer, num_bytes, instead_of=self._arrived_bytes)
+        self._arrived_bytes = num_bytes
 
     def _begin(self, message: Message[pb.StepRequest], answers: asyncio.TaskGroup) -> None:
-        num_bytes, self._arriving_bytes = self._arriving_bytes, 0
+        num_bytes, self._arrived_bytes = self._arrived_bytes, 0
 
         def finished(task: asyncio.Task[None]) -> None:  # also for a task that was cancelled before it ran
             self._answers.discard(task)
@@ -94,24 +117,26 @@ class StepStream:
         answer = (_failed(message.header, result), []) if isinstance(result, BaseException) else result
         reply, payloads = answer
         async with self._writing:
+            until_s = _deadline_s(sum(payload.numel() for payload in payloads))
             for record in seal_message(reply.SerializeToString(), payloads, self._session.sealer):
-                await self._write(record)
-
-    async def _write(self, record: bytes) -> None:
-        try:
-            async with asyncio.timeout(STALL_S):
-                await self._context.write(record)
-        except TimeoutError:
-            raise CloudUnavailableError(f"The edge took no record for {STALL_S:.0f} s.") from None
+                await write(self._context, record, until_s)
 
 
-async def _next_record(records: AsyncIterator[bytes], reader: MessageReader[pb.StepRequest]) -> bytes | None:
-    """The next record, or None at the end of the stream; between two messages an edge may take its time."""
+async def write(context: Context, message: object, until_s: float = math.inf) -> None:
+    """Send one message; an edge that does not take it in time, or is gone, is `CloudUnavailableError`."""
+    stalled_s = asyncio.get_running_loop().time() + STALL_S
     try:
-        async with asyncio.timeout(None if reader.idle else STALL_S):
-            return await anext(records, None)
+        async with asyncio.timeout_at(min(stalled_s, until_s)):
+            await context.write(message)
     except TimeoutError:
-        raise CloudUnavailableError(f"The rest of a step did not come within {STALL_S:.0f} s.") from None
+        raise CloudUnavailableError(f"The edge took nothing for {STALL_S:.0f} s.") from None
+    except grpc.aio.BaseError:
+        raise CloudUnavailableError("The edge went away.") from None
+
+
+def _deadline_s(num_bytes: int) -> float:
+    """When a message that begins now must be through, by the loop's clock."""
+    return asyncio.get_running_loop().time() + STALL_S + num_bytes / MIN_BYTES_PER_S
 
 
 def _failed(header: pb.StepRequest, error: BaseException) -> pb.StepReply:

@@ -22,6 +22,7 @@
     |   `-- CohortError            fewer clients than the round needs
     |-- BudgetError                the recipe's limit of traffic would be exceeded
     |-- UnknownStepError           the cloud no longer holds this step: send the inputs again
+    |-- LedgerError                the cloud has lost its books: permanent until its operator mends them
     |-- CloudBusyError             over a limit now, not for ever: transient
     `-- CloudUnavailableError      no answer: transient
 
@@ -43,6 +44,7 @@ __all__ = [
     "FingerprintError",
     "IdentityError",
     "IntegrityError",
+    "LedgerError",
     "NonFiniteError",
     "ProtocolError",
     "RecipeError",
@@ -202,6 +204,12 @@ class UnknownStepError(TightbeamError):
     """The cloud does not hold this step (restart, eviction); the edge sends the inputs again."""
 
     code, status, exit_code = "unknown_step", "NOT_FOUND", 6
+
+
+class LedgerError(TightbeamError):
+    """The cloud's ledger is damaged, gone or something else: it can bill nothing, so it computes nothing."""
+
+    code, status, exit_code = "ledger", "FAILED_PRECONDITION", 6
 
 
 class CloudBusyError(TightbeamError):

@@ -129,6 +129,6 @@ class Carrier:
             raise
         reply: StepReply = exchange.reply.header
         if reply.HasField("failure"):
-            flight.job.resent_bytes += exchange.moved.wire_total_bytes
+            flight.job.resent_bytes += exchange.moved.wire_total_bytes + exchange.resent_bytes
             raise error_from_code(reply.failure.code, reply.failure.message, reply.failure.cure)
         return exchange

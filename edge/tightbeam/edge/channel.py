@@ -30,8 +30,8 @@ from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.lines import PATIENCE_S
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
-from tightbeam.common.wire.stepping import SESSION_KEY
-from tightbeam.proto.backbone_pb2 import StepReply, StepRequest
+from tightbeam.common.wire.stepping import SESSION_KEY, billed_records
+from tightbeam.proto.backbone_pb2 import BACKWARD, StepReply, StepRequest
 
 __all__ = ["Channel", "Exchange", "GrpcChannel", "error_from_rpc"]
 
@@ -43,9 +43,10 @@ class Exchange:
     """One request and its reply, measured."""
 
     reply: Message[StepReply]
-    moved: StepBytes
+    moved: StepBytes  # what counts
     wall_s: float
     seal_s: float
+    resent_bytes: int = 0  # wire bytes of inputs that crossed before, with the forward
 
 
 class Channel(Protocol):
@@ -105,8 +106,8 @@ class GrpcChannel:
             if self._failure is not None:
                 future.set_exception(self._failure)
                 return future
-            payload_bytes = sum(p.numel() for p in payloads)
-            pending = _Pending(header, future, started_s, [], payload_bytes, 0.0)
+            counted = payloads[:1] if header.kind == BACKWARD else payloads
+            pending = _Pending(header, future, started_s, [], sum(p.numel() for p in counted), 0.0)
             self._last_record_s = time.monotonic()
             self._pending[header.step, header.kind] = pending
             for record in _timed(
@@ -181,16 +182,19 @@ class GrpcChannel:
             pending = self._pending.pop((message.header.step, message.header.kind), None)
         if pending is None:
             return  # closed meanwhile: its future has failed
+        up = billed_records(pending.header, pending.sealed_sizes)
+        resent_bytes = wire_bytes(pending.sealed_sizes[len(up) :], tls=self._tls)
         moved = StepBytes(
             payload_up_bytes=pending.payload_bytes,
             payload_down_bytes=message.payload_bytes,
-            sealed_up_bytes=sum(pending.sealed_sizes),
+            sealed_up_bytes=sum(up),
             sealed_down_bytes=sum(message.sealed_sizes),
-            wire_up_bytes=wire_bytes(pending.sealed_sizes, tls=self._tls),
+            wire_up_bytes=wire_bytes(up, tls=self._tls),
             wire_down_bytes=wire_bytes(message.sealed_sizes, tls=self._tls),
         )
         wall_s = time.perf_counter() - pending.started_s
-        pending.future.set_result(Exchange(message, moved, wall_s, pending.seal_s + message.seal_s))
+        seal_s = pending.seal_s + message.seal_s
+        pending.future.set_result(Exchange(message, moved, wall_s, seal_s, resent_bytes))
 
     def _fail(self, error: TightbeamError) -> None:
         with self._lock:

@@ -5,7 +5,7 @@ import json
 import time
 import uuid
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -158,7 +158,9 @@ class Cloud:
         self._channel, self._identity, self._tls = channel, identity, tls
         self._stub = BackboneStub(channel)
         self._on_row, self._on_retry, self._policy = on_row, on_retry, policy or RetryPolicy()
-        downloads = Downloads(self._stub, self._policy, tls=tls, on_row=on_row, on_retry=on_retry)
+        downloads = Downloads(
+            self._stub, self._policy, tls=tls, metadata=self._metadata(), on_row=on_row, on_retry=on_retry
+        )
         self._store = BlobStore(cache_folder(), downloads.fetch, on_download)
         self._steppers = weakref.WeakSet[Stepper]()
         self._numbers = itertools.count()
@@ -288,13 +290,18 @@ class Cloud:
             ) from error
         return tokenizer
 
-    def usage(self) -> list[pb.RunUsage]:
-        """What this tenant has used, run by run, as the cloud bills it."""
-        try:
-            reply = self._stub.Usage(pb.UsageRequest(), timeout=PATIENCE_S, metadata=self._metadata())
-        except grpc.RpcError as error:
-            raise error_from_rpc(error) from error
-        return list(reply.runs)
+    def usage(self) -> Iterator[pb.RunUsage]:
+        """What this tenant has used, run by run, as the cloud bills it; fetched page by page."""
+        reply = pb.UsageReply(more=True)
+        while reply.more:
+            request = pb.UsageRequest(after=reply.runs[-1].run if reply.runs else "")
+            try:
+                reply = self._stub.Usage(request, timeout=PATIENCE_S, metadata=self._metadata())
+            except grpc.RpcError as error:
+                raise error_from_rpc(error) from error
+            if reply.more and (not reply.runs or reply.runs[-1].run <= request.after):
+                raise ProtocolError("The cloud's account of usage goes round in circles.")
+            yield from reply.runs
 
     def _describe(self, wait_s: float) -> None:
         deadline_s = time.monotonic() + wait_s

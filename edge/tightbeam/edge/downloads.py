@@ -25,10 +25,11 @@ class Downloads:
         policy: RetryPolicy,
         *,
         tls: bool,
+        metadata: tuple[tuple[str, str], ...],
         on_row: Callable[[dict[str, Any]], None],
         on_retry: Callable[[str], None],
     ) -> None:
-        self._stub, self._policy, self._tls = stub, policy, tls
+        self._stub, self._policy, self._tls, self._metadata = stub, policy, tls, metadata
         self._on_row, self._on_retry = on_row, on_retry
 
     def fetch(self, blob: pb.Blob, offset: int) -> Iterator[bytes]:
@@ -46,7 +47,8 @@ class Downloads:
 
     def _attempt(self, blob: pb.Blob, offset: int) -> Iterator[bytes]:
         started_s, moved = time.perf_counter(), 0
-        call = self._stub.Download(pb.DownloadRequest(sha256=blob.sha256, offset=offset))
+        request = pb.DownloadRequest(sha256=blob.sha256, offset=offset)
+        call = self._stub.Download(request, metadata=self._metadata)
         try:
             for chunk in call:
                 moved += wire_bytes([chunk.ByteSize()], tls=self._tls)

@@ -80,7 +80,7 @@ class Job:
         What an earlier attempt was billed for counts, the rest is re-sent.
         """
         reply: StepReply = exchange.reply.header
-        billed, resent_bytes = exchange.moved, self.resent_bytes
+        billed, resent_bytes = exchange.moved, self.resent_bytes + exchange.resent_bytes
         if reply.HasField("billed_before"):
             receipt = reply.billed_before
             billed = StepBytes(**{field.name: value for field, value in receipt.ListFields()})

@@ -63,10 +63,9 @@ class TrunkFlops:
         """Count one forward pass over segments of `lengths` tokens."""
         return 2 * sum(lengths) * self.linear_weights + 4 * _squares(lengths) * self.attention_width
 
-    def backward(self, lengths: Sequence[int], *, recompute: bool = False) -> int:
-        """Count input gradients only; `recompute` adds the second forward pass that it needs."""
-        gradients = 2 * sum(lengths) * self.linear_weights + 8 * _squares(lengths) * self.attention_width
-        return gradients + (self.forward(lengths) if recompute else 0)
+    def backward(self, lengths: Sequence[int]) -> int:
+        """Count input gradients only; a forward that is run again because it was not held is not billed."""
+        return 2 * sum(lengths) * self.linear_weights + 8 * _squares(lengths) * self.attention_width
 
 
 @dataclass(frozen=True)

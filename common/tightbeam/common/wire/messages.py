@@ -35,6 +35,7 @@ __all__ = [
     "MessageReader",
     "decode_tensor",
     "encode_tensor",
+    "payload_bytes",
     "seal_message",
     "sealed_sizes",
     "tensor_spec",
@@ -160,7 +161,7 @@ class MessageReader(Generic[Header]):
             header = self._header_type.FromString(plaintext)
         except DecodeError as error:
             raise ProtocolError("A step header is malformed.") from error
-        sizes = [_payload_bytes(spec) for spec in header.tensors]
+        sizes = [payload_bytes(spec) for spec in header.tensors]
         if len(sizes) > _MAX_TENSORS:
             raise ProtocolError(f"A message has {len(sizes)} tensors, more than {_MAX_TENSORS}.")
         self._admit(header)
@@ -178,7 +179,8 @@ def _chunks(digest: bytes, payloads: list[Tensor]) -> Iterator[tuple[bytes, memo
             yield context, memory[chunk * CHUNK_BYTES : (chunk + 1) * CHUNK_BYTES]
 
 
-def _payload_bytes(spec: TensorSpec) -> int:
+def payload_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor as it crosses; `ProtocolError` for one that cannot."""
     if spec.dtype not in DTYPES:
         raise ProtocolError(f"Tensor {spec.name!r} has the unknown dtype {spec.dtype!r}.")
     if not 1 <= len(spec.shape) <= _MAX_RANK or min(spec.shape) < 1:
