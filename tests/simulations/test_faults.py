@@ -119,13 +119,21 @@ def test_dropouts_stragglers_and_a_deadline_are_drawn_by_the_seed(playground: Pl
     assert all(row["virtual_s"] <= 5 for row in playground.rows(one, "round"))
 
 
-def test_a_round_in_which_all_vanish_changes_nothing_and_says_so(playground: Playground) -> None:
+def test_without_an_update_in_any_round_the_run_fails_and_can_go_on_as_it_says(
+    playground: Playground,
+) -> None:
     scenario = playground.scenario(rounds=1, faults={"dropout": 1.0})
-    playground.run(scenario)
+    with pytest.raises(FederationError, match=r"None of 1 rounds had an update: .*faults\.dropout") as caught:
+        playground.run(scenario)
+    assert caught.value.exit_code == 7
+    assert not (scenario.folder / "adapter").exists()
     before, after = playground.state(scenario, 0), playground.state(scenario, 1)
     assert all(np.array_equal(before[name], after[name]) for name in before)
     (row,) = playground.rows(scenario, "round")
     assert (row["updates"], row["loss"], row["notes"]) == (0, None, ["no update"])
+    faults = scenario.faults.model_copy(update={"dropout": 0.0})
+    playground.run(scenario.model_copy(update={"rounds": 2, "faults": faults}), resume=True)
+    assert (scenario.folder / "adapter").exists()
 
 
 def test_a_budget_degrades_the_codec_and_then_the_client_leaves(playground: Playground) -> None:
@@ -204,7 +212,7 @@ def test_a_newcomer_that_does_not_fit_is_named_and_the_others_go_on(
     _arriving(monkeypatch, after=1)
     scenario = playground.scenario(rounds=2, wait_for=2, groups=groups)
     printed = playground.run(scenario)
-    assert "round 1: node 4 cannot join: " in printed
+    assert "round 1: client-02 cannot join: " in printed
     assert "5:5" in playground.rows(scenario, "joined")[0]["reason"]
     assert [row["updates"] for row in playground.rows(scenario, "round")] == [2, 2]
 

@@ -25,7 +25,7 @@ def _state(number: int) -> State:
     return State(number, {"global/a": np.full((2, 3), number / 3)})
 
 
-def test_a_resumed_ledger_has_only_complete_rounds(tmp_path: Path) -> None:
+def test_a_resumed_ledger_has_complete_rounds_and_what_was_spent_beyond(tmp_path: Path) -> None:
     journal = _begun(tmp_path)
     for number in (1, 2):
         journal.append("client_round", round=number, client="client-00", status="ok")
@@ -38,7 +38,9 @@ def test_a_resumed_ledger_has_only_complete_rounds(tmp_path: Path) -> None:
     assert state is not None
     assert state.round == 2
     assert np.array_equal(state.arrays["global/a"], np.full((2, 3), 2 / 3))
-    assert [row["row"] for row in again.rows] == ["experiment", *["client_round", "round"] * 2]
+    kinds = ["experiment", *["client_round", "round"] * 2, "client_round"]
+    assert [row["row"] for row in again.rows] == kinds
+    assert again.rows[-1]["status"] == "cut off"
     assert heard == again.rows == read_ledger(tmp_path / "ledger.jsonl")
 
 
@@ -67,7 +69,8 @@ def test_killed_before_the_first_state_it_starts_anew(tmp_path: Path) -> None:
     _begun(tmp_path).append("client_eval", round=0, client="client-00", status="ok")
     again = Journal(tmp_path, SCENARIO)
     assert again.begin(resume=True) is None
-    assert [row["row"] for row in again.rows] == ["experiment"]
+    assert [row["row"] for row in again.rows] == ["experiment", "client_eval"]
+    assert again.rows[1]["status"] == "cut off"
 
 
 def test_old_states_make_room(tmp_path: Path) -> None:
@@ -78,7 +81,7 @@ def test_old_states_make_room(tmp_path: Path) -> None:
     assert names == {f"round-{n}.{ending}" for n in (3, 4) for ending in ("json", "safetensors")}
 
 
-@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("rounds", 9), ("clients", 3)])
+@pytest.mark.parametrize(("key", "value"), [("seed", 1), ("backbone", "other"), ("clients", 3)])
 def test_another_experiment_is_not_resumed(tmp_path: Path, key: str, value: int) -> None:
     _begun(tmp_path)
     other = SCENARIO.model_copy(update={key: value})

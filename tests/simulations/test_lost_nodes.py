@@ -19,7 +19,7 @@ LOST = "Its node is lost: the SuperLink has not heard from it."
 @pytest.fixture
 def lose(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make nodes answer no message of these types any more, from their n-th one on."""
-    answered = InProcessGrid.send_and_receive
+    answered = InProcessGrid.push_messages
 
     def lose(partitions: set[int], kinds: set[str], start: int = 0, *, silent: bool = False) -> None:
         seen = dict.fromkeys(partitions, 0)
@@ -31,21 +31,21 @@ def lose(monkeypatch: pytest.MonkeyPatch) -> Any:
             seen[partition] += 1
             return seen[partition] > start
 
-        def send_and_receive(
-            self: InProcessGrid, messages: Iterable[Message], *, timeout: float | None = None
-        ) -> list[Message]:
-            messages = list(messages)
-            lost = [message for message in messages if is_lost(message)]
-            replies = list(answered(self, [m for m in messages if m not in lost], timeout=timeout))
-            for number, message in enumerate(lost):
-                message.metadata.__dict__["_message_id"] = f"lost-{number}"
-            if silent:
-                return replies
-            told = [create_message_error_unavailable_res_message(m.metadata, "node_unavail") for m in lost]
-            assert all(one.metadata.src_node_id == 1 for one in told), "that of the SuperLink"
-            return told + replies
+        def push_messages(self: InProcessGrid, messages: Iterable[Message]) -> Iterable[str]:
+            (message,) = messages
+            if not is_lost(message):
+                return answered(self, [message])
+            name = f"lost-{id(message)}-{sum(seen.values())}"
+            message.metadata.__dict__["_message_id"] = name
+            if not silent:
+                told = create_message_error_unavailable_res_message(message.metadata, "node_unavail")
+                assert told.metadata.src_node_id == 1, "that of the SuperLink"
+                self._replies[name] = told
+            return [name]
 
-        monkeypatch.setattr(InProcessGrid, "send_and_receive", send_and_receive)
+        monkeypatch.setattr(InProcessGrid, "push_messages", push_messages)
+        if silent:
+            monkeypatch.setattr("tightbeam.simulations.apps.exchange.ANSWER_S", 0.0)
 
     return lose
 
@@ -72,7 +72,7 @@ def test_a_node_that_stands_still_is_named_as_well(playground: Playground, lose:
     lose({2}, {"train"}, silent=True)
     scenario = playground.scenario(rounds=1)
     playground.run(scenario)
-    told = [("client-02", 1, "No answer within 7200 s.")]
+    told = [("client-02", 1, "No answer within 0 s.")]
     assert _failures(playground, scenario, "client_round") == told
 
 
@@ -82,10 +82,32 @@ def test_with_all_nodes_lost_the_run_does_not_look_complete(playground: Playgrou
         playground.run(playground.scenario())
 
 
-def test_a_node_lost_while_everybody_gathers_is_told(playground: Playground, lose: Any) -> None:
+def test_a_node_lost_just_before_the_start_is_left_out_by_its_clients_name(
+    playground: Playground, lose: Any
+) -> None:
     lose({1}, {"query.hello"})
-    with pytest.raises(FederationError, match=rf"Node 3: {LOST}"):
-        playground.run(playground.scenario())
+    scenario = playground.scenario(rounds=1)
+    printed = playground.run(scenario)
+    assert f"round 0: client-01 cannot join: {LOST}" in printed
+    assert playground.rows(scenario, "round")[0]["updates"] == 2
+
+
+def test_the_one_that_is_asked_what_all_share_may_be_lost_as_well(playground: Playground, lose: Any) -> None:
+    lose({0}, {"query.layers"})
+    scenario = playground.scenario(rounds=1)
+    printed = playground.run(scenario)
+    assert f"round 0: client-00 cannot join: {LOST}" in printed
+    assert "round 1: client-00 has joined" in printed, "it answers again"
+    assert [row["clients"] for row in playground.rows(scenario, "evaluation")] == [2, 3]
+
+
+def test_a_lost_node_does_not_count_among_those_to_wait_for(
+    playground: Playground, lose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lose({1}, {"query.hello"})
+    monkeypatch.setattr("tightbeam.simulations.apps.roster._NODES_S", 0.0)
+    with pytest.raises(FederationError, match=r"2 of 3 clients are there"):
+        playground.run(playground.scenario(wait_for=3))
 
 
 @pytest.mark.parametrize("start", [1, 2], ids=["share", "consent"])

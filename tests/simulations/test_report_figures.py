@@ -22,6 +22,7 @@ CHANGES: dict[str, Any] = {
     "clients": 4,
     "rounds": 3,
     "sample": 3,
+    "eval_sample": 4,
     "eval_every": 2,
     "target_loss": 5.5,
     "faults": {"dropout": 0.2, "straggler": 0.4, "slowdown": 3},

@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
+from support.federations import figures
 from tightbeam.common.errors import CohortError, DataError
 from tightbeam.simulations.apps.replies import Node, failure_of
 from tightbeam.simulations.apps.strategy import FederatedLora
@@ -52,8 +53,11 @@ class Server:
         """What a sound client would hand in: every value moved by `change`."""
         start = from_record(message.content.array_records["arrays"])
         arrays = {name: array + np.float32(change) for name, array in start.items()}
-        figures = {"weight": 1, "loss": 2.0, "virtual-s": 1.0, **metrics}
-        content = RecordDict({"arrays": to_record(arrays), "metrics": MetricRecord(dict(figures))})
+        if (weight := metrics.get("weight")) is not None:
+            trains = message.metadata.message_type == "train"
+            own = {"examples": weight} if trains else {"tokens": weight, "learned-tokens": weight}
+            metrics = {**own, **metrics}
+        content = RecordDict({"arrays": to_record(arrays), "metrics": figures(message, **metrics)})
         content["notes"] = ConfigRecord({"client": "x", "status": "ok", "run": "r"})
         return Message(content, reply_to=message)
 

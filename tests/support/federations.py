@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import yaml
-from flwr.app import Context, Message
+from flwr.app import Context, Message, MetricRecord
 from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.numpy import load_file
@@ -21,7 +21,7 @@ from tightbeam.simulations.experiment import run_apps, run_scenario
 from tightbeam.simulations.grid import ClientCall
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
-__all__ = ["TOPICS", "Playground", "Signed", "save_backbone", "spoiled", "sums"]
+__all__ = ["TOPICS", "Playground", "Signed", "figures", "save_backbone", "spoiled", "sums"]
 
 TOPICS = ("plus", "minus", "times")
 NUM_BLOCKS = 6
@@ -43,6 +43,18 @@ def sums(count: int) -> list[dict[str, str]]:
         answer = {"plus": number + 3, "minus": number - 3, "times": number * 3}[topic]
         rows.append({"prompt": f"{number} {signs[topic]} 3 =", "completion": f"{answer}", "topic": topic})
     return rows
+
+
+def figures(message: Message, **changed: float) -> MetricRecord:
+    """What a sound client tells of itself in a reply to this message."""
+    counts = ("tokens", "learned-tokens", "payload-up-bytes", "payload-down-bytes", "wire-up-bytes")
+    counts += ("wire-down-bytes", "cloud-flops", "examples", "steps", "weight-bytes", "edge-flops", "weight")
+    told: dict[str, float] = dict.fromkeys((*counts, "memory-bytes"), 1)
+    reals = ("loss", "wall-s", "edge-s", "network-s", "network-virtual-s", "virtual-s", "joules")
+    told |= dict.fromkeys(reals, 1.0)
+    if message.metadata.message_type == "train":
+        told["adapter-up-bytes"] = 1
+    return MetricRecord(dict(told | changed))
 
 
 class Playground:

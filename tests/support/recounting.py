@@ -84,6 +84,7 @@ class Recount:
             "rounds": rounds,
             "evaluations": evaluations,
             "absences": self._absences(),
+            "changes": [],  # nothing is resumed here
             "lines": self._lines() if self.rows[0]["shaped"] else [],
             "total": costs(self.work),
             "virtual_s": sum(self._slowest(row) for row in ends),

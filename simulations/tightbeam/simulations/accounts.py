@@ -13,6 +13,7 @@ from tightbeam.common.errors import DataError
 from tightbeam.simulations.alternatives import alternatives
 from tightbeam.simulations.job import job_of
 from tightbeam.simulations.journal import Row, slow_clients
+from tightbeam.simulations.resuming import scenario_told
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 from tightbeam.simulations.schema import (
     Absence,
@@ -45,7 +46,8 @@ def account(
         raise DataError(
             f"{folder} holds no experiment that has begun.", cure="Run `tightbeam simulate` first."
         )
-    scenario = scenario or scenario_from_mapping(first["scenario"], origin=str(folder / "ledger.jsonl"))
+    told = scenario_told(rows) or {}
+    scenario = scenario or scenario_from_mapping(told, origin=str(folder / "ledger.jsonl"))
     work = [row for row in rows if row["row"] in _WORK]
     evaluations = _evaluations(rows)
     reached = [e for e in evaluations if scenario.target_loss is not None and e.loss <= scenario.target_loss]
@@ -60,6 +62,12 @@ def account(
         rounds=[_round(row, work, prices) for row in rows if row["row"] == "round"],
         evaluations=evaluations,
         absences=_absences(work),
+        changes=[
+            f"after round {row['round']}: {c}"
+            for row in rows
+            if row["row"] == "changed"
+            for c in row["changes"]
+        ],
         lines=_lines(scenario, work) if first.get("shaped") else [],
         total=Costs.of(work, prices),
         virtual_s=sum(row["virtual_s"] for row in rows if row["row"] in ("round", "evaluation")),
@@ -91,7 +99,11 @@ def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[Cl
     for profile in scenario.profiles():
         own = [row for row in work if row["client"] == profile.name]
         trained = [row for row in own if row["row"] == "client_round"]
-        losses = [row["loss"] for row in own if row["row"] == "client_eval" and "loss" in row]
+        losses = [
+            row["loss"]
+            for row in own
+            if row["row"] == "client_eval" and "loss" in row and row["status"] == "ok"
+        ]
         options = profile.options
         found.append(
             ClientAccount(
@@ -142,7 +154,7 @@ def _took(work: Iterable[Row]) -> dict[int, dict[str, float]]:
     """Virtual seconds of every client that worked, by round."""
     found: dict[int, dict[str, float]] = {}
     for row in work:
-        if row["row"] == "client_round" and row.get("virtual_s"):
+        if row["row"] == "client_round" and row["status"] != "cut off" and row.get("virtual_s"):
             found.setdefault(row["round"], {})[row["client"]] = row["virtual_s"]
     return found
 
@@ -186,7 +198,7 @@ def _evaluations(rows: Sequence[Row]) -> list[Evaluation]:
     for row in rows:
         if row["row"] in _WORK:
             moved += Costs.of([row], Prices()).moved_bytes
-            if row["row"] == "client_eval" and "loss" in row:
+            if row["row"] == "client_eval" and row["status"] == "ok" and "loss" in row:
                 losses.setdefault(row["round"], {})[row["client"]] = row["loss"]
         elif row["row"] == "round":
             virtual_s += row["virtual_s"]

@@ -55,6 +55,11 @@ class Spent:
         bill = Prices().bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
         return Spent(self.mb + moved / 1e6, self.joules + plan.joules, self.money + bill.total)
 
+    def and_steps(self, wire_bytes: int, cloud_flops: int) -> "Spent":
+        """What it has spent with steps that the server has not heard of; their energy nobody knows."""
+        bill = Prices().bill(wire_bytes=wire_bytes, cloud_flops=cloud_flops, edge_joules=0.0)
+        return Spent(self.mb + wire_bytes / 1e6, self.joules, self.money + bill.total)
+
 
 def choose_codec(
     options: ClientSection, plan_for: Callable[[Codecs], Plan], spent: Spent

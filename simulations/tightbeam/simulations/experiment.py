@@ -23,6 +23,7 @@ from tightbeam.common.files import cache_folder
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.demo_inputs import prepare_model
 from tightbeam.simulations.installed import require_accountant, require_flower, require_ray
+from tightbeam.simulations.journal import require_unused
 from tightbeam.simulations.processes import Children, signals_as_exit
 from tightbeam.simulations.progress import FederationProgress
 from tightbeam.simulations.scenario import Scenario
@@ -65,8 +66,8 @@ def run_scenario(
         require_accountant()
     console = console or Console(stderr=True)
     folder = scenario.folder
-    if not resume and (folder / "ledger.jsonl").exists():
-        _refuse(folder)
+    if not resume:
+        require_unused(folder)
     client_files(scenario, folder, scenario.profiles()[0].name)  # an impossible partition is told first
     with signals_as_exit(), _cloud(scenario, folder, console) as (address, identities):
         if shape:
@@ -171,10 +172,3 @@ def _projection(scenario: Scenario, folder: Path) -> list[str]:
         text = folder / "projection.txt"
         atomic_write(text, "\n\n".join(topics[name] for name in sorted(topics))[:_MANUAL_CHARS])
     return ["--projection", str(folder / "projection.safetensors"), "--projection-text", str(text)]
-
-
-def _refuse(folder: Path) -> None:
-    raise UsageError(
-        f"{folder} already holds an experiment.",
-        cure="Add --resume to go on with it, or give another output.name.",
-    )

@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -19,7 +21,14 @@ from pathlib import Path
 from typing import Any, Self
 
 from tightbeam.common import errors
-from tightbeam.common.errors import CloudUnavailableError, FederationError, TightbeamError, UsageError
+from tightbeam.common.errors import (
+    CloudUnavailableError,
+    FederationError,
+    IdentityError,
+    TightbeamError,
+    UsageError,
+    reason,
+)
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.apps.settings import Settings
 
@@ -28,6 +37,7 @@ __all__ = ["APP_FILES", "ENVIRONMENT", "Flower", "flower_environment", "flower_h
 _RUN_S = 86_400.0
 _ASK_S = 5.0  # asking takes `flwr` two seconds of computing
 _WATCH_S = 0.5
+_TLS_S = 10.0
 ENVIRONMENT: Mapping[str, str] = {
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -67,6 +77,7 @@ identities = ""
 folder = ""
 resume = false
 shape = false
+simulated = false
 """
 _IMPORT = '''"""The {0}'s app."""
 
@@ -92,6 +103,7 @@ class Flower:
     home: Path
     connection: str
     address: str
+    ca: Path | None = None  # which signed the SuperLink's certificate
 
     @classmethod
     def prepare(cls, home: Path, connection: str, address: str, ca: Path | None = None) -> Self:
@@ -101,7 +113,7 @@ class Flower:
         trust = "" if ca is None else f"root-certificates = {json.dumps(str(ca.absolute()))}\n"
         section = f'[superlink.{connection}]\naddress = "{address}"\n{trust}'
         atomic_write(home / "config.toml", f'[superlink]\ndefault = "{connection}"\n\n{section}')
-        return cls(home.absolute(), connection, address)
+        return cls(home.absolute(), connection, address, ca)
 
     def call(self, *words: str) -> str:
         """Run it; what it printed.
@@ -130,12 +142,18 @@ class Flower:
 
         Raises:
             CloudUnavailableError: the SuperLink does not answer.
+            IdentityError: its certificate is not of the authority that was given.
             FederationError: it refused, or something stands between.
 
         """
-        told = _answer(self.call(*words, "--format", "json"))
+        try:
+            told = _answer(self.call(*words, "--format", "json"))
+        except FederationError:
+            self._require_tls()
+            raise
         if told.get("success"):
             return told
+        self._require_tls()
         said = str(told.get("error-message", "it does not say why"))
         if "unavailable" in said:
             raise CloudUnavailableError(
@@ -147,6 +165,35 @@ class Flower:
             cure = "Speak to the SuperLink itself: a filter lets nodes through, no operator."
         said = " ".join(line for line in said.splitlines()[1:] if line.strip())  # after whom it spoke to
         raise FederationError(f"`flwr {words[0]}` failed: {said}", cure=cure)
+
+    def _require_tls(self) -> None:
+        """Tell why the SuperLink's certificate is not taken, if that is it; `flwr` calls it unavailable.
+
+        Raises:
+            IdentityError: the authority is another one, or no certificate can be read or is shown.
+
+        """
+        if self.ca is None:
+            return
+        cure = "Give --ca the roster/ca.crt of the `tightbeam certs federation` that the SuperLink is of."
+        host, _, port = self.address.rpartition(":")
+        try:
+            trust = ssl.create_default_context(cafile=str(self.ca))
+        except OSError as error:  # SSLError is one
+            raise IdentityError(f"{self.ca} holds no certificate: {reason(error)}.", cure=cure) from error
+        try:
+            with (
+                socket.create_connection((host, int(port)), _TLS_S) as line,
+                trust.wrap_socket(line, server_hostname=host),
+            ):
+                return
+        except ssl.SSLCertVerificationError as error:
+            why = f"has a certificate that {self.ca} does not vouch for: {error.verify_message}"
+        except ssl.SSLError as error:
+            why = f"does not speak TLS: {error.reason}"
+        except (OSError, ValueError):
+            return  # it is away
+        raise IdentityError(f"The SuperLink at {self.address} {why}.", cure=cure)
 
     def register(self, roster: Path) -> list[str]:
         """Admit the nodes whose public keys are in `roster`; the names of those that were not known yet.

@@ -4,6 +4,8 @@ It covers what every client shares, in float64, with the scale in B (see `federa
 ladders of mode side. A client gets its own of them, layers at its own rank and scale, in float32.
 """
 
+import io
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
@@ -28,8 +30,25 @@ def to_record(arrays: Mapping[str, NDArray[np.floating]]) -> ArrayRecord:
 
 
 def from_record(record: ArrayRecord) -> dict[str, NDArray[np.floating]]:
-    """Inverse of `to_record`."""
+    """Inverse of `to_record`.
+
+    Raises:
+        TypeError, ValueError: an array of another form, or one that claims another size than it has.
+
+    """
+    for array in record.values():
+        _require_size(array)
     return {name: array.numpy() for name, array in record.items()}
+
+
+def _require_size(array: Array) -> None:
+    """NumPy makes room for what a header claims before it reads on."""
+    file = io.BytesIO(array.data)
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("no array of NumPy's format 1.0")
+    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(array.data) - file.tell():
+        raise ValueError(f"not the bytes of an array of shape {shape}")
 
 
 def layers_of(shapes: Mapping[str, Sequence[int]], origin: str) -> LoraAdapter:

@@ -1,11 +1,11 @@
 """What the server writes down: the ledger of an experiment, and the state that a killed one resumes from.
 
-    ledger.jsonl              rows experiment, side, client_round, round, client_eval, evaluation
+    ledger.jsonl              rows experiment, changed, side, client_round, round, client_eval, evaluation
     state/round-N.safetensors the global adapter in float64, and what server optimizers remember
     state/round-N.json        written last: with it, round N is complete
 
-A resumed experiment takes out the rows of the round that was cut off and does that round again; what it had
-cost stays in the edges' ledgers and in the cloud's.
+A resumed experiment does the round that was cut off again. What that had cost stays: rows of clients are kept
+with the status `cut off`, and each client is asked what it did beyond the last row that was written.
 """
 
 import json
@@ -22,15 +22,19 @@ from safetensors.numpy import load_file, save
 
 from tightbeam.common.costs.meter import JsonlLedger, read_ledger
 from tightbeam.common.costs.prices import Prices
-from tightbeam.common.errors import RecipeError, UsageError
+from tightbeam.common.errors import UsageError
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.budgets import Spent
+from tightbeam.simulations.resuming import changes, scenario_told
 from tightbeam.simulations.scenario import Scenario
 
-__all__ = ["Journal", "Row", "State", "moved_bytes", "slow_clients"]
+__all__ = ["CUT_OFF", "Journal", "Row", "State", "moved_bytes", "require_unused", "slow_clients"]
 
 Row = dict[str, Any]
 Listener = Callable[[Row], None]
+CUT_OFF: Row = {"status": "cut off", "reason": "The server stopped in this round; it was done again."}
+"""Of work that counts in the accounts alone."""
+_WORK = ("client_round", "client_eval")
 _KEEP = 2
 _SLOW = 1.5  # times the median of its round
 
@@ -49,6 +53,21 @@ def slow_clients(took_s: Mapping[str, float]) -> dict[str, float]:
     return {name: took / usual_s for name, took in took_s.items() if took > _SLOW * usual_s}
 
 
+def require_unused(folder: Path) -> None:
+    """Refuse a folder with an experiment that has begun; a start that came to nothing leaves no rows.
+
+    Raises:
+        UsageError: it has one.
+
+    """
+    ledger = folder / "ledger.jsonl"
+    if ledger.exists() and read_ledger(ledger):
+        raise UsageError(
+            f"{folder} already holds an experiment.",
+            cure="Add --resume to go on with it (resume=true in a run config), or give another output.name.",
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class State:
     """An experiment after `round` rounds."""
@@ -64,6 +83,8 @@ class Journal:
         self._folder, self._scenario, self._listener = folder, scenario, listener
         self._prices = Prices()
         self.rows: list[Row] = []
+        self._by_client: dict[str, list[Row]] = {}
+        self.unheard: set[str] = set()  # clients that may have done more than this ledger says
 
     @property
     def ledger(self) -> Path:
@@ -74,38 +95,45 @@ class Journal:
         """Open the ledger; the last complete state when resuming, if there is one.
 
         Raises:
-            RecipeError: the folder holds another experiment, or one that should not be resumed.
-            UsageError: there is nothing to resume.
+            RecipeError: it was started with other values of what may not change.
+            UsageError: the folder holds an experiment that should not be resumed, or none to resume.
 
         """
         if not resume:
-            if self.ledger.exists():
-                raise RecipeError(
-                    f"{self._folder} already holds an experiment.",
-                    cure="Add --resume to go on with it, or give another output.name.",
-                )
-            self._rewrite([])
+            require_unused(self._folder)
             return None
-        if not self.ledger.exists():
+        rows = read_ledger(self.ledger) if self.ledger.exists() else []
+        if not rows:
             raise UsageError(
                 f"{self._folder} holds no experiment to resume.", cure="Leave --resume out to start one."
             )
-        rows = read_ledger(self.ledger)
-        self._require_same(rows)
         done = self._last_round()
-        self.rows = [row for row in rows if row["row"] == "experiment" or row.get("round", 0) <= done]
+        new, old = self._scenario.numbers(), scenario_told(rows)
+        changed = changes(self._folder, old, new, done) if old else []
+        for row in rows:
+            if row["row"] == "experiment" or row.get("round", 0) <= done:
+                self._take(row)
+            elif row["row"] in _WORK:
+                self._take(row | CUT_OFF)
         self._rewrite(self.rows)
-        for row in self.rows:
-            self._listener(row)
+        self.unheard = {profile.name for profile in self._scenario.profiles()}
+        if changed:
+            self.append("changed", round=max(done, 0), changes=changed, scenario=new)
         return None if done < 0 else State(done, load_file(self._state(done)))
+
+    def _take(self, row: Row) -> None:
+        self.rows.append(row)
+        if row["row"] in _WORK:
+            self._by_client.setdefault(row["client"], []).append(row)
+        self._listener(row)
 
     def append(self, kind: str, **values: Any) -> Row:
         """Write one row."""
         row = {"row": kind, **values, "time_unix_s": time.time()}
-        self.rows.append(row)
+        self._folder.mkdir(parents=True, exist_ok=True)
         with JsonlLedger(self.ledger) as ledger:
             ledger.append(row)
-        self._listener(row)
+        self._take(row)
         return row
 
     def save(self, state: State) -> None:
@@ -116,13 +144,23 @@ class Journal:
             if int(path.stem.removeprefix("round-")) <= state.round - _KEEP:
                 path.unlink()
 
-    def of_client(self, name: str, *kinds: str) -> list[Row]:
-        """A client's rows, of these kinds."""
-        return [row for row in self.rows if row["row"] in kinds and row.get("client") == name]
+    def of_client(self, name: str) -> list[Row]:
+        """What a client did, in rounds and evaluations."""
+        return self._by_client.get(name, [])
+
+    def left(self) -> set[str]:
+        """Clients that have left; after a change of the scenario they are asked again."""
+        found = set[str]()
+        for row in self.rows:
+            if row["row"] == "changed":
+                found.clear()
+            elif row.get("status") == "left":
+                found.add(row["client"])
+        return found
 
     def spent(self, name: str) -> Spent:
         """What a client has spent so far."""
-        rows = self.of_client(name, "client_round", "client_eval")
+        rows = self.of_client(name)
         moved, joules = sum(map(moved_bytes, rows)), sum(row.get("joules", 0.0) for row in rows)
         flops = sum(row.get("cloud_flops", 0) for row in rows)
         bill = self._prices.bill(wire_bytes=moved, cloud_flops=flops, edge_joules=joules)
@@ -134,19 +172,6 @@ class Journal:
     def _last_round(self) -> int:
         found = (self._folder / "state").glob("round-*.json")
         return max((int(path.stem.removeprefix("round-")) for path in found), default=-1)
-
-    def _require_same(self, rows: list[Row]) -> None:
-        first = next((row for row in rows if row["row"] == "experiment"), None)
-        if first is None:
-            return
-        old, new = first["scenario"], self._scenario.numbers()
-        # as text: which group comes first decides who is in it
-        changed = [key for key in new if json.dumps(old.get(key)) != json.dumps(new[key])]
-        if changed:
-            raise RecipeError(
-                f"{self._folder} was started with another {', '.join(changed)}.",
-                cure="Resume with the same scenario, or give another output.name.",
-            )
 
     def _rewrite(self, rows: list[Row]) -> None:
         text = "".join(json.dumps(row, allow_nan=False, separators=(",", ":")) + "\n" for row in rows)

@@ -87,6 +87,7 @@ def run_on_superlink(settings: Settings, address: str, ca: Path) -> None:
         TightbeamError: see `Flower.run`.
 
     """
+    settings = replace(settings, simulated=False)  # whoever is there has texts of its own, or says so
     Flower.prepare(flower_home(settings.folder), "superlink", address, ca).run(settings)
 
 

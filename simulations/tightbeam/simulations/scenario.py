@@ -149,6 +149,9 @@ class StrategySection(Section):
         default="examples",
         description="What a client counts by: its examples, the tokens it learned in the round, or as any.",
     )
+    max_weight: int = Field(
+        default=2**20, ge=1, description="Most that one client may count by, in that unit."
+    )
     restart: Literal["principal", "fresh"] = Field(
         default="principal",
         description="flora: clients go on from the largest directions of what was learned, or from zero.",
@@ -273,9 +276,10 @@ class Scenario(Section):
         ge=1,
         description="Clients to wait for before the first round; others join as they come.",
     )
-    eval_every: int = Field(
-        default=0, ge=0, description="Rounds between evaluations at all clients; 0: start and end."
+    eval_sample: int | None = Field(
+        default=None, ge=1, description="Clients per evaluation, the same each time; as sample if left out."
     )
+    eval_every: int = Field(default=0, ge=0, description="Rounds between evaluations; 0: start and end.")
     target_loss: float | None = Field(
         default=None, gt=0, description="Mean held-out loss whose first reaching is reported, nats."
     )
@@ -302,6 +306,8 @@ class Scenario(Section):
     def _counts(self) -> str:
         if self.sample is not None and self.sample > self.clients:
             return f"sample is {self.sample}, but there are {self.clients} clients"
+        if self.eval_sample is not None and self.eval_sample > self.clients:
+            return f"eval_sample is {self.eval_sample}, but there are {self.clients} clients"
         if self.wait_for is not None and self.wait_for > self.clients:
             return f"wait_for is {self.wait_for}, but there are {self.clients} clients"
         grouped = sum(group.clients for group in self.groups.values())
@@ -351,6 +357,8 @@ class Scenario(Section):
             return f"strategy.secure goes with {', '.join(SECURE_STRATEGIES)}: the others see single updates"
         if section.secure and any(profile.options.budget.degrade for profile in self.profiles()):
             return "strategy.secure goes without budget.degrade: the server says what a client has spent"
+        if section.secure and section.max_weight > 2**20:
+            return "strategy.secure hides weights of up to 1048576: lower strategy.max_weight"
         if privacy is None:
             return ""
         if section.name not in ("fedit", "ffa"):
@@ -376,6 +384,11 @@ class Scenario(Section):
     def sampled(self) -> int:
         """Clients per round."""
         return self.sample or self.clients
+
+    @property
+    def evaluated(self) -> int:
+        """Clients per evaluation."""
+        return self.eval_sample or self.sampled
 
     def evaluated_after(self, number: int) -> bool:
         """Whether there is an evaluation after round `number`; 0 is before the first."""

@@ -188,6 +188,7 @@ class FederationAccount(_Model):
     rounds: list[RoundAccount]
     evaluations: list[Evaluation]
     absences: list[Absence]
+    changes: list[str]  # of the scenario, at a resume
     lines: list[LineAccount]  # empty unless the lines were shaped
     total: Costs
     virtual_s: float

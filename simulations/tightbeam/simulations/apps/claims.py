@@ -44,6 +44,12 @@ class Claims:
                 cure="Start each node with a partition-id of its own.",
             )
 
+    def client_of(self, node_id: int) -> str:
+        """Which client a node is, or was registered as; nothing where that is not known."""
+        registered = self._registered.get(node_id, "")
+        known = {number: client for client, number in self._node_ids.items()}
+        return known.get(node_id, registered if registered in self._clients else "")
+
     def _who(self, node_id: int) -> str:
         name = self._registered.get(node_id)
         return f"Node {node_id}" + (f" (registered as {name})" if name else "")

@@ -42,14 +42,19 @@ _LENDER = Lender()  # one per process: its models serve every client that this p
 
 def _answer(message: Message, context: Context, work: Callable[[Client], RecordDict]) -> Message:
     """Do the work and reply; what goes wrong is a reply too."""
-    name, rows = f"node {context.node_id}", list[StepRow]()
+    name, rows, missed = f"node {context.node_id}", list[StepRow](), list[StepRow]()
     try:
         settings = Settings.of(context.run_config)
         profile = settings.profile(context.node_config)
         name = profile.name
+        settings.node(context.node_config)  # before anything is done with what it lacks
         if settings.scenario.threads is not None:
             torch.set_num_threads(settings.scenario.threads)
-        content = work(Client(settings, profile, dict(context.node_config), rows))
+        client = Client(settings, profile, dict(context.node_config), rows, missed)
+        asked = message.content.config_records.get("config")
+        if asked and "known-run" in asked:
+            client.recall(str(asked["known-run"]))
+        content = work(client)
     except Leaving as leaving:
         content = _notes(client=name, status=leaving.status, reason=str(leaving))
     except (TightbeamError, OSError, RuntimeError, ValueError) as error:  # torch raises the last two
@@ -60,6 +65,8 @@ def _answer(message: Message, context: Context, work: Callable[[Client], RecordD
         if rows:  # what it moved before it failed was moved
             content.config_records["notes"]["run"] = rows[0].run
             content.metric_records["metrics"] = MetricRecord({**counted(rows)})
+    if missed:
+        content.metric_records["unheard"] = MetricRecord({**counted(missed)})
     return Message(content=content, reply_to=message)
 
 

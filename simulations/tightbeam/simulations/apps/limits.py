@@ -7,7 +7,7 @@ from tightbeam.edge.connection import Cloud
 from tightbeam.edge.data import Example
 from tightbeam.edge.federation import Lender, LocalTask, SplitAdapter, Workplace
 from tightbeam.edge.side import side_of
-from tightbeam.simulations.apps.figures import cloud_flops
+from tightbeam.simulations.apps.figures import cloud_flops, counted
 from tightbeam.simulations.apps.participant import Client, Leaving
 from tightbeam.simulations.budgets import Plan, Spent, choose_codec
 
@@ -67,6 +67,10 @@ def affordable_codec(
         return plan(place, tokens, flops, 3 * adapter_bytes, gradients=gradients)
 
     spent = Spent(*(float(str(config[f"spent-{unit}"])) for unit in ("mb", "joules", "money")))
+    missed = counted(client.missed)
+    spent = spent.and_steps(
+        int(missed["wire-up-bytes"] + missed["wire-down-bytes"]), int(missed["cloud-flops"])
+    )
     if client.scenario.evaluated_after(number):
         place = client.workplace(cloud, lender, options.codec, frozen=client.frozen_after(number))
         evaluation = place.planned_evaluation(held_out, client.scenario.train.batch_size)

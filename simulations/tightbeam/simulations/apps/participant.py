@@ -1,6 +1,9 @@
 """One client of a scenario inside one message: what it has, and its own connection to the cloud."""
 
+import logging
+import math
 import random
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from tightbeam.common.config import Codecs
-from tightbeam.common.costs.meter import JsonlLedger
+from tightbeam.common.costs.meter import JsonlLedger, read_ledger
 from tightbeam.common.costs.rows import StepRow
-from tightbeam.common.errors import UpdateRefusedError
+from tightbeam.common.errors import CloudUnavailableError, UpdateRefusedError
 from tightbeam.common.federation import Arrays
 from tightbeam.edge.connection import Cloud, connect
 from tightbeam.edge.data import Example
@@ -24,6 +27,10 @@ from tightbeam.simulations.shards import client_files
 
 __all__ = ["Client", "Leaving"]
 
+_log = logging.getLogger(__name__)
+_ASK_AGAIN_S = 10.0
+_AWAY_S: dict[str, float] = {}  # when this process last gave up on a cloud, by its address
+
 
 class Leaving(Exception):  # noqa: N818  not an error of anybody
     """A client takes no part; the text says why."""
@@ -31,6 +38,23 @@ class Leaving(Exception):  # noqa: N818  not an error of anybody
     def __init__(self, status: str, reason: str) -> None:
         super().__init__(reason)
         self.status = status
+
+
+@contextmanager
+def _noting_away(address: str) -> Iterator[None]:
+    """Have one client of this process wait for a cloud that is away, and not each of them in turn.
+
+    Raises:
+        CloudUnavailableError: another one has just waited in vain.
+
+    """
+    if time.monotonic() - _AWAY_S.get(address, -math.inf) < _ASK_AGAIN_S:
+        raise CloudUnavailableError(f"The cloud at {address} was away a moment ago.")
+    try:
+        yield
+    except CloudUnavailableError:
+        _AWAY_S[address] = time.monotonic()
+        raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +65,7 @@ class Client:
     profile: ClientProfile
     node_config: dict[str, Any]
     rows: list[StepRow] = field(default_factory=list)  # accounts of its steps in this message
+    missed: list[StepRow] = field(default_factory=list)  # those of which the server has not heard
 
     @property
     def scenario(self) -> Scenario:
@@ -122,21 +147,20 @@ class Client:
     @contextmanager
     def cloud(self, run: str) -> Iterator[Cloud]:
         """Open its own connection; the accounts of its steps go to `rows` and to its ledger."""
-        identity = self.node_config.get("identity")
+        own = self.settings.node(self.node_config)
+        identity, address = own.identity, own.cloud or self.settings.address
         if identity is None and self.settings.identities is not None:
             identity = self.settings.identities / self.profile.name
-        others: list[dict[str, Any]] = []
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with JsonlLedger(self._ledger) as ledger:
 
-        def on_row(row: dict[str, Any]) -> None:
-            others.append(row)
-            if row["row"] == "step":
-                self.rows.append(StepRow.from_json(row))
+            def on_row(row: dict[str, Any]) -> None:
+                ledger.append(row)  # at once: what a killed client has moved was moved
+                if row["row"] == "step":
+                    self.rows.append(StepRow.from_json(row))
 
-        path = self.folder / "ledger.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        address = str(self.node_config.get("cloud", self.settings.address))
-        try:
             with (
+                _noting_away(address),
                 self._line(address) as reached,
                 connect(
                     reached,
@@ -145,14 +169,21 @@ class Client:
                     name=self.profile.name,
                     run=run,
                     on_row=on_row,
-                    on_retry=lambda line: None,
+                    on_retry=lambda line: _log.warning("%s: %s", self.profile.name, line),
                 ) as cloud,
             ):
                 yield cloud
-        finally:
-            with JsonlLedger(path) as ledger:
-                for row in others:
-                    ledger.append(row)
+
+    @property
+    def _ledger(self) -> Path:
+        return self.folder / "ledger.jsonl"
+
+    def recall(self, run: str) -> None:
+        """Find the steps after those of `run`, the last that a resumed server knows of."""
+        rows = read_ledger(self._ledger) if self._ledger.exists() else []
+        steps = [StepRow.from_json(row) for row in rows if row["row"] == "step"]
+        known = max((number for number, row in enumerate(steps, 1) if row.run == run), default=0)
+        self.missed.extend(steps[known:])
 
     @contextmanager
     def _line(self, address: str) -> Iterator[str]:
@@ -166,9 +197,9 @@ class Client:
 
     def examples(self, cloud: Cloud, lender: Lender) -> tuple[list[Example], list[Example]]:
         """Give what it learns from, and what is held out."""
-        own = self.node_config.get("train"), self.node_config.get("eval")
-        if own[0] is not None and own[1] is not None:
-            paths = Path(str(own[0])), Path(str(own[1]))
+        own = self.settings.node(self.node_config)
+        if own.train is not None and own.eval is not None:
+            paths = own.train, own.eval
         else:
             paths = client_files(self.scenario, self.settings.folder, self.profile.name)
         data = self.scenario.data

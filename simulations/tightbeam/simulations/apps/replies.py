@@ -2,19 +2,19 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from flwr.app import ArrayRecord, Message
 
 from tightbeam.common.errors import TightbeamError, UpdateRefusedError, error_from_code
-from tightbeam.common.federation import LoraAdapter, Update, check_update
+from tightbeam.common.federation import Arrays, LoraAdapter, Update, check_update
 from tightbeam.edge.federation import LADDER
+from tightbeam.simulations.apps.judging import STATUSES, figures_told, notes_of, said
 from tightbeam.simulations.global_adapter import from_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Row
 from tightbeam.simulations.scenario import ClientProfile, Scenario
 
-__all__ = ["Node", "account_of", "failure_of", "masked_of", "spread", "update_of"]
+__all__ = ["Node", "account_of", "cost_of", "failure_of", "masked_of", "spread", "update_of"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -31,34 +31,50 @@ class Node:
 def failure_of(reply: Message) -> TightbeamError | None:
     """What a reply complains about, with its own text; None when it is fine."""
     if reply.has_error():
-        return TightbeamError(reply.error.reason or f"Flower's error {reply.error.code}.")
-    notes = reply.content.config_records["notes"]
-    if notes["status"] == "ok":
+        return TightbeamError(said(reply.error.reason or "") or f"Flower's error {reply.error.code}.")
+    notes = notes_of(reply)
+    if notes.get("status") == "ok":
         return None
-    return error_from_code(str(notes.get("code", "internal")), str(notes["reason"]), "")
+    if notes.get("status") not in STATUSES:
+        return UpdateRefusedError(
+            f"Its reply has the status {said(notes.get('status'))}, which there is not."
+        )
+    return error_from_code(str(notes.get("code", "internal")), said(notes.get("reason", "")), "")
 
 
-def account_of(sent: Message, reply: Message) -> Row:
-    """Status, bytes and figures of one exchange."""
-    failure = failure_of(reply)
-    notes: Mapping[str, Any] = reply.content.config_records["notes"] if reply.has_content() else {}
-    row: Row = {
-        "status": str(notes.get("status", "failed")),
-        "reason": str(failure) if failure else "",
-        "run": str(notes.get("run", "")),
-        "codec": str(notes.get("codec", "")),
-        "adapter_down_bytes": sum(r.count_bytes() for r in sent.content.array_records.values()),
+def cost_of(sent: Message) -> Row:
+    """Bytes of a message to a client."""
+    records = sent.content.array_records
+    return {
+        "adapter_down_bytes": sum(record.count_bytes() for record in records.values()),
         "message_down_bytes": message_bytes(sent),
+        "ladder_down_bytes": _ladder(records["arrays"]).count_bytes(),
+        "fold_down_bytes": sum(r.count_bytes() for name, r in records.items() if name == "fold"),
+    }
+
+
+def account_of(scenario: Scenario, client: str, sent: Row, reply: Message, *, trains: bool) -> Row:
+    """Status, bytes and figures of one exchange; `sent` is its message's `cost_of`."""
+    failure, notes = failure_of(reply), notes_of(reply)
+    known = not reply.has_error() and notes.get("status") in STATUSES
+    row: Row = {
+        "status": str(notes["status"]) if known else "failed" if reply.has_error() else "refused",
+        "reason": str(failure) if failure else "",
+        **({"code": failure.code} if failure else {}),
+        "run": said(notes.get("run", "")),
+        "codec": said(notes.get("codec", "")),
+        **sent,
         "message_up_bytes": message_bytes(reply),
         "adapter_up_bytes": 0,
-        "ladder_down_bytes": _ladder(sent.content.array_records["arrays"]).count_bytes(),
-        "fold_down_bytes": sum(r.count_bytes() for n, r in sent.content.array_records.items() if n == "fold"),
     }
-    if reply.has_content() and "metrics" in reply.content.metric_records:
-        metrics = reply.content.metric_records["metrics"]
-        row |= {name.replace("-", "_"): value for name, value in metrics.items()}
-        if arrays := reply.content.array_records:
-            row["adapter_up_bytes"] = sum(record.count_bytes() for record in arrays.values())
+    if not known:
+        return row
+    try:
+        row |= figures_told(scenario, client, reply, trains=trains)
+    except UpdateRefusedError as error:
+        return row | {"status": "refused", "reason": str(error)}
+    if arrays := reply.content.array_records:
+        row["adapter_up_bytes"] = sum(record.count_bytes() for record in arrays.values())
     return row
 
 
@@ -68,17 +84,23 @@ def _ladder(record: ArrayRecord) -> ArrayRecord:
 
 
 def update_of(
-    scenario: Scenario, node: Node, trained: LoraAdapter, sent: Message, reply: Message, weight: float
+    scenario: Scenario, node: Node, trained: LoraAdapter, start: Arrays, reply: Message, weight: float
 ) -> Update:
-    """What a client hands in, checked against what it was to train.
+    """What a client hands in, checked against what it was to train from `start`.
 
     Raises:
         UpdateRefusedError: NaN, another shape or another rank; names client and tensor.
 
     """
-    name, given = node.profile.name, from_record(reply.content.array_records["arrays"])
+    name = node.profile.name
+    try:
+        given = from_record(reply.content.array_records["arrays"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UpdateRefusedError(
+            f"The update of {name} is refused: it has no arrays that can be read.",
+            cure="The other clients' updates are not affected.",
+        ) from error
     if scenario.strategy.name == "ffa":  # A is frozen, so only B comes back
-        start = from_record(sent.content.array_records["arrays"])
         frozen = {m.names[0] for m in trained.modules.values()}
         given = {tensor: array for tensor, array in start.items() if tensor in frozen} | given
     update = Update(name, weight, given, scenario.adapter.scale)
@@ -91,10 +113,16 @@ def update_of(
     return update
 
 
-def masked_of(reply: Message) -> bytes:
-    """The vector in a secure reply."""
-    data = reply.content.config_records["notes"]["secure"]
-    assert isinstance(data, bytes)
+def masked_of(client: str, reply: Message) -> bytes:
+    """The vector in a secure reply.
+
+    Raises:
+        UpdateRefusedError: there is none.
+
+    """
+    data = notes_of(reply).get("secure")
+    if not isinstance(data, bytes):
+        raise UpdateRefusedError(f"The reply of {client} is refused: it has no masked vector.")
     return data
 
 

@@ -4,7 +4,7 @@ A node says by itself which client of the scenario it is. What its cut shares is
 place only: it takes a connection to the cloud.
 """
 
-import json
+import logging
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,19 +13,23 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from tightbeam.common.errors import FederationError, TightbeamError
+from tightbeam.common.errors import FederationError, TightbeamError, UsageError
 from tightbeam.common.federation import LoraAdapter
 from tightbeam.edge.federation import ladder_prefix
 from tightbeam.edge.side import SidePlan
 from tightbeam.simulations.apps.claims import Claims
 from tightbeam.simulations.apps.exchange import exchange
+from tightbeam.simulations.apps.judging import layers_told, notes_of, said
 from tightbeam.simulations.apps.replies import Node, failure_of
 from tightbeam.simulations.global_adapter import layers_of
 from tightbeam.simulations.scenario import ClientProfile, Scenario
 
 __all__ = ["Roster"]
 
+_log = logging.getLogger(__name__)
 _NODES_S = 600.0  # how long clients may take to come up
+_LOOK_S = 0.5
+_STEADY_S = 5.0  # Flower's simulation registers its nodes within this time
 _Place = tuple[object, ...]
 
 
@@ -40,6 +44,7 @@ class Roster:
     sides: dict[str, dict[str, Any]] = field(default_factory=dict)  # that are shared, by `ladder_prefix`
     _places: dict[_Place, tuple[LoraAdapter, frozenset[str]]] = field(default_factory=dict)
     _known: set[int] = field(default_factory=set)
+    _lost: dict[int, str] = field(default_factory=dict)
     _claims: Claims = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,15 +58,44 @@ class Roster:
             TightbeamError: the first complaint of a client, in its own words.
 
         """
-        wanted, deadline_s = self.scenario.wait_for or self.scenario.clients, time.monotonic() + _NODES_S
-        while len(ids := self._there()) < wanted:
-            if time.monotonic() > deadline_s:
+        wanted, began_s = self.scenario.wait_for or self.scenario.clients, time.monotonic()
+        seen, since_s = -1, began_s
+        while True:
+            ids = self._there()
+            if len(ids) != seen:
+                seen, since_s = len(ids), time.monotonic()
+                if len(ids) < wanted:
+                    _log.warning("%d of %d clients are there; waiting for the others.", len(ids), wanted)
+            if len(ids) >= wanted:
+                self._admit(node_id for node_id in ids if node_id not in self._known)
+                if len(self.nodes) >= (self.scenario.wait_for or 1):
+                    return list(self.nodes.values())
+            elif ids and time.monotonic() - since_s >= _STEADY_S:
+                self._require_growing(len(ids), wanted)
+            if time.monotonic() - began_s > _NODES_S:
                 raise FederationError(
-                    f"{len(ids)} of {wanted} clients are there after {_NODES_S:.0f} s.",
+                    f"{len(self.nodes) or len(ids)} of {wanted} clients are there after {_NODES_S:.0f} s.",
                     cure="Start one node per client of the scenario, or lower clients or wait_for.",
                 )
-            time.sleep(0.5)
-        return self._admit(ids)
+            time.sleep(_LOOK_S)
+
+    def _require_growing(self, found: int, wanted: int) -> None:
+        """Flower's simulation has as many nodes as it was told to have: nobody else will come."""
+        if type(self.grid).__name__ == "InMemoryGrid":
+            raise UsageError(
+                f"Flower simulates {found} nodes, and the scenario waits for {wanted} clients.",
+                cure=f'Run flwr run with --federation-config "num-supernodes={self.scenario.clients}".',
+            )
+
+    def lost(self) -> dict[str, str]:
+        """Clients whose nodes were listed and did not answer, with the reason."""
+        return {self._name(node_id): reason for node_id, reason in self._lost.items()}
+
+    def _name(self, node_id: int) -> str:
+        """Of a client; where its node was never told apart, by who is missing."""
+        missing = [p.name for p in self.scenario.profiles() if p.name not in self.nodes]
+        unknown = missing[0] if len(missing) == 1 else f"one of {', '.join(missing)}"
+        return self._claims.client_of(node_id) or (unknown if missing else f"node {node_id}")
 
     def newcomers(self) -> tuple[list[Node], dict[str, str]]:
         """Clients that came since, and of those that cannot take part the reason, by node."""
@@ -72,7 +106,8 @@ class Roster:
             try:
                 admitted += self._admit([node_id])
             except TightbeamError as error:  # the others go on without it
-                refused[f"node {node_id}"] = str(error)
+                refused[self._name(node_id)] = str(error)
+        refused |= self.lost()
         return admitted, refused
 
     def _there(self) -> list[int]:
@@ -82,28 +117,41 @@ class Roster:
         return list(names)
 
     def _admit(self, ids: Iterable[int]) -> list[Node]:
-        ids = list(ids)
-        self._known |= set(ids)
         replies = self._ask("query.hello", ids)
-        for said in replies:
-            self._claims.bind(said.metadata.src_node_id, str(_notes(said)["client"]))
-        told_by = {str(_notes(reply)["client"]): reply for reply in replies}
+        for reply in replies:
+            self._lost.pop(reply.metadata.src_node_id, None)
+            if reply.has_error():  # it is asked again before the next round
+                self._lost[reply.metadata.src_node_id] = said(reply.error.reason or "")
+            else:
+                self._known.add(reply.metadata.src_node_id)
+        came = [reply for reply in replies if not reply.has_error()]
+        _raise_first_complaint(came)
+        for reply in came:
+            self._claims.bind(reply.metadata.src_node_id, said(notes_of(reply).get("client")))
+        told_by = {said(notes_of(reply).get("client")): reply for reply in came}
         admitted = []
         for profile in self.scenario.profiles():
             if reply := told_by.get(profile.name):
                 node_id = reply.metadata.src_node_id
-                layers, below = self._place_of(profile, node_id)
-                admitted.append(Node(node_id, profile, _certificate(reply), layers, below))
+                if (place := self._place_of(profile, node_id)) is None:
+                    self._known.discard(node_id)
+                else:
+                    admitted.append(Node(node_id, profile, _certificate(reply), *place))
         self.nodes |= {node.profile.name: node for node in admitted}
         if self.scenario.train.freeze_bottom_after is not None:
             _require_one_side_of_the_cut(self.nodes.values())
         return admitted
 
-    def _place_of(self, profile: ClientProfile, node_id: int) -> tuple[LoraAdapter, frozenset[str]]:
+    def _place_of(self, profile: ClientProfile, node_id: int) -> tuple[LoraAdapter, frozenset[str]] | None:
+        """What a client shares; None where it had to be asked and is lost."""
         place = profile.options.place
         if place not in self._places:
-            (reply,) = self._ask("query.layers", [node_id])
-            told = json.loads(str(_notes(reply)["layers"]))
+            replies = self._ask("query.layers", [node_id])
+            if replies[0].has_error():
+                self._lost[node_id] = said(replies[0].error.reason or "")
+                return None
+            _raise_first_complaint(replies)
+            told = layers_told(profile.name, replies[0])
             self.facts = self.facts or told["backbone"]
             if self.facts["fingerprint"] != told["backbone"]["fingerprint"]:
                 raise FederationError(
@@ -116,15 +164,15 @@ class Roster:
         return self._places[place]
 
     def _ask(self, message_type: str, ids: Iterable[int]) -> list[Message]:
-        """Replies to an empty message; the first complaint is raised."""
+        """Replies to an empty message."""
         messages = [Message(RecordDict({"config": ConfigRecord()}), node_id, message_type) for node_id in ids]
-        replies = exchange(self.grid, messages)
-        for reply in replies:
-            if (failure := failure_of(reply)) is not None:
-                if reply.has_error():  # Flower's words, which do not say of whom
-                    raise FederationError(f"Node {reply.metadata.src_node_id}: {failure.message}")
-                raise failure
-        return replies
+        return exchange(self.grid, messages)
+
+
+def _raise_first_complaint(replies: Iterable[Message]) -> None:
+    for reply in replies:
+        if (failure := failure_of(reply)) is not None:
+            raise failure
 
 
 def _require_one_side_of_the_cut(nodes: Iterable[Node]) -> None:
@@ -140,10 +188,6 @@ def _require_one_side_of_the_cut(nodes: Iterable[Node]) -> None:
             )
 
 
-def _notes(reply: Message) -> ConfigRecord:
-    return reply.content.config_records["notes"]
-
-
 def _certificate(reply: Message) -> bytes:
-    value = _notes(reply).get("certificate", b"")
+    value = notes_of(reply).get("certificate", b"")
     return value if isinstance(value, bytes) else b""

@@ -39,6 +39,7 @@ from tightbeam.common.federation.secagg.keys import roster_from
 from tightbeam.common.identity import Identity, load_identity
 from tightbeam.simulations.apps.combining import trained_part
 from tightbeam.simulations.apps.exchange import exchange
+from tightbeam.simulations.apps.judging import HIDDEN
 from tightbeam.simulations.apps.participant import Client
 from tightbeam.simulations.apps.privacy import private_update
 from tightbeam.simulations.apps.terms import CLIP, Arrays, Purpose, plan_of, require_agreed
@@ -59,7 +60,6 @@ __all__ = [
 
 _LOSS, _LARGEST_LOSS = "loss", 64.0  # nats; a loss beyond it counts as it
 _STATE = "secagg"
-_HIDDEN = ("loss", "weight", "examples", "learned-tokens", "wall-s", "edge-s", "memory-bytes")
 _STEPS = {
     "join": SecAggClient.join,
     "share": SecAggClient.share,
@@ -165,7 +165,7 @@ class SecureTask:
 
 def shown(metrics: Mapping[str, int | float], *, secure: bool) -> MetricRecord:
     """The figures of a reply; in a secure one without those that only the sum may tell."""
-    return MetricRecord({n: value for n, value in metrics.items() if not (secure and n in _HIDDEN)})
+    return MetricRecord({n: value for n, value in metrics.items() if not (secure and n in HIDDEN)})
 
 
 def _with_loss(arrays: Arrays, loss: float) -> dict[str, NDArray[Any]]:

@@ -43,6 +43,8 @@ def main(grid: Grid, context: Context) -> None:
     if not any(row["row"] == "experiment" for row in journal.rows):
         told = {"scenario": settings.scenario.numbers(), "backbone": roster.facts, "shaped": settings.shape}
         journal.append("experiment", **told)
+    for name, reason in roster.lost().items():
+        journal.append("joined", round=state.round if state else 0, client=name, reason=reason)
     _note_sides(journal, roster)
     strategy = FederatedLora(settings.scenario, nodes, journal, roster.facts["fingerprint"])
     final = run_rounds(strategy, grid, state, roster)
@@ -73,16 +75,33 @@ def run_rounds(strategy: FederatedLora, grid: Grid, state: State | None, roster:
     for number in range(done + 1, scenario.rounds + 1):
         arrays = _welcome(strategy, number, roster, arrays)
         if not strategy.present():
-            raise FederationError(
-                f"Every client has left before round {number}.", cure="Raise the clients' budgets."
-            )
+            raise _nobody_left(strategy.journal, number)
         messages = strategy.configure_train(number, arrays, ConfigRecord(), grid)
         replies = exchange(grid, messages)
         aggregated, _ = strategy.aggregate_train(number, replies)
         arrays = aggregated or arrays
         _evaluate(strategy, grid, number, arrays)
         _save(strategy, number, arrays)
+    if not any(row["row"] == "round" and row["updates"] for row in strategy.journal.rows):
+        raise FederationError(
+            f"None of {scenario.rounds} rounds had an update{_why(strategy.journal)}",
+            cure="Correct that, then go on with --resume and more rounds.",
+        )
     return GlobalAdapter.from_arrays(from_record(arrays))
+
+
+def _nobody_left(journal: Journal, number: int) -> FederationError:
+    """Everybody has left: for want of money, which can be had, or of memory."""
+    cure = "Take devices with more memory, or a lower rank, under another output.name."
+    if any(str(row.get("reason")).startswith("Its budget") for row in journal.rows):
+        cure = "Raise client.budget, or that of the groups, and go on with --resume."
+    return FederationError(f"Every client has left before round {number}{_why(journal)}", cure=cure)
+
+
+def _why(journal: Journal) -> str:
+    """The last complaint of a client."""
+    last = [row for row in journal.rows if row["row"] == "client_round" and row["reason"]][-1:]
+    return "".join(f": {row['client']} says: {row['reason']}" for row in last) or "."
 
 
 def _fresh(roster: Roster) -> GlobalAdapter:
@@ -117,8 +136,7 @@ def _note_sides(journal: Journal, roster: Roster) -> None:
 
 
 def _evaluate(strategy: FederatedLora, grid: Grid, number: int, arrays: ArrayRecord) -> None:
-    messages = list(strategy.configure_evaluate(number, arrays, ConfigRecord(), grid))
-    if messages:
+    if messages := strategy.configure_evaluate(number, arrays, ConfigRecord(), grid):
         strategy.aggregate_evaluate(number, exchange(grid, messages))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from tightbeam.common.errors import RecipeError
+from tightbeam.simulations.apps.node_config import NodeSection, node_section
 from tightbeam.simulations.scenario import ClientProfile, Scenario, load_scenario, scenario_from_mapping
 
 __all__ = ["Settings"]
@@ -27,6 +28,7 @@ class Settings:
     folder: Path
     resume: bool = False
     shape: bool = False  # clients reach the cloud over lines as slow as their profiles
+    simulated: bool = True  # nodes without texts of their own get a share of the scenario's
 
     @classmethod
     def of(cls, run_config: Mapping[str, Any]) -> Self:
@@ -51,6 +53,7 @@ class Settings:
             Path(str(run_config.get("folder") or scenario.folder)),
             bool(run_config.get("resume", False)),
             bool(run_config.get("shape", False)),
+            bool(run_config.get("simulated", False)),
         )
 
     def run_config(self) -> dict[str, str | bool]:
@@ -62,6 +65,7 @@ class Settings:
             "folder": str(self.folder),
             "resume": self.resume,
             "shape": self.shape,
+            "simulated": self.simulated,
         }
 
     def profile(self, node_config: Mapping[str, Any]) -> ClientProfile:
@@ -73,12 +77,17 @@ class Settings:
         """
         number = node_config.get("partition-id")
         profiles = self.scenario.profiles()
-        if not isinstance(number, int) or not 0 <= number < len(profiles):
+        if type(number) is not int or not 0 <= number < len(profiles):
             raise RecipeError(
                 f"This node has the partition-id {number}; the scenario has {len(profiles)} clients.",
                 cure='Start as many nodes as clients, each with --node-config "partition-id=N".',
             )
         return profiles[number]
+
+    def node(self, node_config: Mapping[str, Any]) -> NodeSection:
+        """What a node was started with; raises as `node_section`."""
+        needed = self.identities is None and not self.scenario.cloud.insecure
+        return node_section(node_config, simulated=self.simulated, needs_identity=needed)
 
 
 @lru_cache(maxsize=4)

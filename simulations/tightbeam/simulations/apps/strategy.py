@@ -5,22 +5,23 @@ What comes back is sorted into `ok`, `failed` (with the client's own words), `re
 """
 
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from tightbeam.common.errors import CohortError, UpdateRefusedError
-from tightbeam.common.federation import LoraAdapter, Update
+from tightbeam.common.errors import CloudUnavailableError, CohortError, UpdateRefusedError
+from tightbeam.common.federation import Arrays, LoraAdapter
 from tightbeam.simulations.apps.combining import Accepted, Combined, Memory, combiner_for, trained_part
+from tightbeam.simulations.apps.judging import missed_of
 from tightbeam.simulations.apps.privacy import Accounting
-from tightbeam.simulations.apps.replies import Node, account_of, masked_of, spread, update_of
+from tightbeam.simulations.apps.replies import Node, account_of, cost_of, masked_of, spread, update_of
 from tightbeam.simulations.apps.secure import SecureRounds, SecureSum
 from tightbeam.simulations.apps.terms import Purpose
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, restricted, to_record
-from tightbeam.simulations.journal import Journal, Row
+from tightbeam.simulations.journal import CUT_OFF, Journal, Row
 from tightbeam.simulations.scenario import Scenario
 
 __all__ = ["FederatedLora"]
@@ -44,7 +45,7 @@ class FederatedLora(Strategy):
         self._by_id = {node.node_id: node for node in self._nodes.values()}
         self._state, self._number = GlobalAdapter(LoraAdapter({}, {})), 0
         self._folds = scenario.folds
-        self._sent: dict[int, Message] = {}
+        self._sent: dict[int, Row] = {}  # what this exchange's messages cost, by node
         self._secure: SecureRounds | None = None
         if scenario.strategy.secure:
             self._secure = SecureRounds(scenario, backbone)
@@ -62,8 +63,7 @@ class FederatedLora(Strategy):
 
     def present(self) -> list[Node]:
         """Clients that have not left, by name."""
-        left = {row["client"] for row in self.journal.rows if row.get("status") == "left"}
-        return [self._nodes[name] for name in sorted(self._nodes.keys() - left)]
+        return [self._nodes[name] for name in sorted(self._nodes.keys() - self.journal.left())]
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -73,33 +73,30 @@ class FederatedLora(Strategy):
         draw = random.Random(f"{self.scenario.seed}/sample/{server_round}")  # noqa: S311  no secret
         chosen = draw.sample(present, min(self.scenario.sampled, len(present)))
         chosen.sort(key=lambda node: node.profile.name)
-        messages = self._messages(server_round, arrays, config, chosen, MessageType.TRAIN)
-        if not messages:
+        if not chosen:
             return []
-        first = messages[0].content.array_records["arrays"]
+        self._begin(server_round, arrays)
+        first, _ = self._part(chosen[0])
         frozen = self._frozen(chosen[0])
-        told = self.combiner.prepare(server_round, first, len(messages), grid, frozen)
-        for message in messages:
-            message.content.config_records["config"].update(told)
-        return messages if self._secure is None else self._opened(server_round, "train", messages, grid)
+        told = self.combiner.prepare(server_round, to_record(first), len(chosen), grid, frozen)
+        inboxes = self._opened("train", chosen, grid) if self._secure else {}
+        config = ConfigRecord({**config, **told})
+        return self._messages(chosen, config, MessageType.TRAIN, inboxes)
 
-    def _opened(self, number: int, purpose: Purpose, messages: list[Message], grid: Grid) -> list[Message]:
-        """The messages of those who agreed on keys and shares; the others have failed in this round."""
+    def _begin(self, number: int, arrays: ArrayRecord) -> None:
+        self._state, self._number = GlobalAdapter.from_arrays(from_record(arrays)), number
+        self._sent = {}
+
+    def _opened(self, purpose: Purpose, nodes: Sequence[Node], grid: Grid) -> Mapping[str, bytes]:
+        """Inboxes of those who agreed on keys and shares; the others have failed in this round."""
         assert self._secure is not None
-        sent = messages[0].content.array_records["arrays"]
-        names = {m.metadata.dst_node_id: self._by_id[m.metadata.dst_node_id].profile.name for m in messages}
-        frozen = self._frozen(self._by_id[messages[0].metadata.dst_node_id])
-        opened = self._secure.open(number, purpose, sent, list(names.values()), grid, frozen)
-        kind = _ROWS[purpose]
+        sent, names = to_record(self._part(nodes[0])[0]), [node.profile.name for node in nodes]
+        opened = self._secure.open(self._number, purpose, sent, names, grid, self._frozen(nodes[0]))
         for name, reason in sorted(opened.failures.items()):
             # It was sent nothing to work on, so its row has no costs.
             figures: Row = {"status": "failed", "reason": reason, "run": "", "codec": ""}
-            self.journal.append(kind, round=number, client=name, **figures)
-        ready = [m for m in messages if names[m.metadata.dst_node_id] in opened.inboxes]
-        for message in ready:
-            inbox = opened.inboxes[names[message.metadata.dst_node_id]]
-            message.content.config_records["secure"] = ConfigRecord({"inbox": inbox})
-        return ready
+            self.journal.append(_ROWS[purpose], round=self._number, client=name, **figures)
+        return opened.inboxes
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -117,6 +114,7 @@ class FederatedLora(Strategy):
             row = self.journal.append(_ROWS["train"], round=server_round, client=node.profile.name, **row)
             rows.append(row)
             accepted += [good] if good else []
+        self._require_cloud(rows)
         failed = [row for row in rows if row["status"] in ("failed", "refused")]
         if failed and not accepted:
             raise CohortError(
@@ -125,47 +123,81 @@ class FederatedLora(Strategy):
             )
         return self._combine(server_round, accepted, rows)
 
+    def _require_cloud(self, rows: Sequence[Row]) -> None:
+        """Do not take a round for one, in which most could not reach the cloud.
+
+        Raises:
+            CloudUnavailableError: it is away for more than half of those who answered.
+
+        """
+        away = [row for row in rows if row.get("code") == CloudUnavailableError.code]
+        if 2 * len(away) > len(rows):
+            raise CloudUnavailableError(
+                f"The cloud is away for {len(away)} of {len(rows)} clients in round {self._number}: "
+                f"{away[0]['client']} says: {away[0]['reason']}",
+                cure="Start the cloud again, then go on with --resume.",
+            )
+
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every client that is present, in the first and last round and as often as the scenario says."""
+        """Ask the scenario's sample, in the first and last round and as often as the scenario says.
+
+        It is the same sample each time, as long as its clients are there: means over others tell nothing.
+        """
         if not self.scenario.evaluated_after(server_round):
             return []
-        messages = self._messages(server_round, arrays, config, self.present(), MessageType.EVALUATE)
-        if self._secure is None:
-            return messages
-        if len(messages) < self.scenario.strategy.min_cohort:
-            self._no_evaluation(
-                server_round, f"{len(messages)} clients are left, too few to hide each other."
-            )
+        nodes, inboxes = self._evaluating(server_round), dict[str, bytes]()
+        if not nodes:
             return []
-        try:
-            return self._opened(server_round, "evaluate", messages, grid)
-        except CohortError as too_few:
-            self._no_evaluation(server_round, str(too_few))
-            return []
+        self._begin(server_round, arrays)
+        if self._secure is not None:
+            try:
+                if len(nodes) < self.scenario.strategy.min_cohort:
+                    raise CohortError(f"{len(nodes)} clients are left, too few to hide each other.")
+                inboxes = dict(self._opened("evaluate", nodes, grid))
+            except CohortError as too_few:
+                self._no_evaluation(server_round, str(too_few))
+                return []
+        return self._messages(nodes, config, MessageType.EVALUATE, inboxes)
+
+    def _evaluating(self, number: int) -> list[Node]:
+        """Whom to ask; at the end all, where they keep adapters of their own."""
+        profiles, present = self.scenario.profiles(), {n.profile.name: n for n in self.present()}
+        names = [profile.name for profile in profiles]
+        random.Random(f"{self.scenario.seed}/evaluate").shuffle(names)  # noqa: S311  no secret
+        own = any(one.options.share != "all" or one.options.mode == "side" for one in profiles)
+        most = len(names) if own and number == self.scenario.rounds else self.scenario.evaluated
+        return [present[name] for name in sorted([name for name in names if name in present][:most])]
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> MetricRecord | None:
         """Mean held-out loss over clients, each by its learned tokens."""
         losses: dict[str, tuple[float, int]] = {}
         masked: dict[str, bytes] = {}
-        virtual_s = 0.0
+        virtual_s, rows = 0.0, list[Row]()
         for reply in sorted(replies, key=self._name_of):
             name = self._name_of(reply)
-            row = account_of(self._sent[reply.metadata.src_node_id], reply)
+            row = self._account(reply, "evaluate")
+            if self._secure and row["status"] == "ok":
+                try:
+                    masked[name] = masked_of(name, reply)
+                except UpdateRefusedError as error:
+                    row |= {"status": "refused", "reason": str(error)}
             row = self.journal.append(_ROWS["evaluate"], round=server_round, client=name, **row)
+            rows.append(row)
             if row["status"] == "ok":
                 virtual_s = max(virtual_s, row["virtual_s"])
-                if self._secure:
-                    masked[name] = masked_of(reply)
-                else:
+                if not self._secure:
                     losses[name] = row["loss"], row["weight"]
+        self._require_cloud(rows)
         try:
             figures = self._secure_evaluation(masked) if self._secure else spread(losses)
         except CohortError as too_few:
             self._no_evaluation(server_round, str(too_few))
             return None
         if figures is None:
+            if rows:
+                self._no_evaluation(server_round, f"{rows[0]['client']} says: {rows[0]['reason']}")
             return None
         secure_bytes = self._secure.moved_bytes if self._secure else 0
         self.journal.append(
@@ -183,42 +215,47 @@ class FederatedLora(Strategy):
         self.journal.append("no_evaluation", round=number, reason=reason)
 
     def _messages(
-        self,
-        number: int,
-        arrays: ArrayRecord,
-        config: ConfigRecord,
-        nodes: Iterable[Node],
-        message_type: str,
-    ) -> list[Message]:
-        self._state, self._number = GlobalAdapter.from_arrays(from_record(arrays)), number
-        messages = []
+        self, nodes: Iterable[Node], config: ConfigRecord, message_type: str, inboxes: Mapping[str, bytes]
+    ) -> Iterator[Message]:
+        """One message after the other: of all of them at once there may be more than memory holds."""
         for node in nodes:
-            content = self._content(node, number)
-            content.config_records["config"].update(config)
-            messages.append(Message(content, node.node_id, message_type))
-        self._sent = {message.metadata.dst_node_id: message for message in messages}
-        return messages
+            name = node.profile.name
+            if self._secure and name not in inboxes:
+                continue
+            message = Message(self._content(node, config), node.node_id, message_type)
+            if self._secure:
+                message.content.config_records["secure"] = ConfigRecord({"inbox": inboxes[name]})
+            self._sent[node.node_id] = cost_of(message)
+            yield message
+            del message
 
-    def _content(self, node: Node, number: int) -> RecordDict:
-        """One client's part of the global adapter, and what it has spent so far."""
-        name, spent = node.profile.name, self.journal.spent(node.profile.name)
-        own, fold = self._state.for_client(
+    def _part(self, node: Node) -> tuple[Arrays, Arrays]:
+        """What a client wears of the global adapter, and what it folds into its weights."""
+        return self._state.for_client(
             node.layers.shapes(),
             node.profile.options.r,
             self.scenario.adapter.scale,
-            self._seed(number),
+            self._seed(self._number),
             folds=self._folds,
         )
-        before = self.journal.of_client(name, "client_round", "client_eval")
+
+    def _content(self, node: Node, told: ConfigRecord) -> RecordDict:
+        """One client's part of the global adapter, and what it has spent so far."""
+        name, (own, fold) = node.profile.name, self._part(node)
+        spent = self.journal.spent(name)
         config = ConfigRecord(
             {
-                "server-round": number,
-                "first": not any(row.get("weight_bytes") for row in before),
+                "server-round": self._number,
+                "first": not any(row.get("weight_bytes") for row in self.journal.of_client(name)),
                 "spent-mb": spent.mb,
                 "spent-joules": spent.joules,
                 "spent-money": spent.money,
+                **told,
             }
         )
+        if name in self.journal.unheard:
+            runs = [row["run"] for row in self.journal.of_client(name) if row.get("run")]
+            config["known-run"] = runs[-1] if runs else ""
         records: dict[str, Any] = {"arrays": to_record(own), "config": config}
         return RecordDict(records | ({"fold": to_record(fold)} if fold else {}))
 
@@ -238,14 +275,28 @@ class FederatedLora(Strategy):
     def _name_of(self, reply: Message) -> str:
         return self._by_id[reply.metadata.src_node_id].profile.name
 
+    def _account(self, reply: Message, purpose: Purpose) -> Row:
+        name, sent = self._name_of(reply), self._sent[reply.metadata.src_node_id]
+        row = account_of(self.scenario, name, sent, reply, trains=purpose == "train")
+        if name in self.journal.unheard and not reply.has_error():
+            self.journal.unheard.discard(name)
+            if missed := missed_of(name, reply):
+                self.journal.append(_ROWS[purpose], round=self._number, client=name, **CUT_OFF, **missed)
+        return row
+
     def _judge(self, node: Node, reply: Message) -> tuple[Row, Accepted | None]:
-        row = account_of(self._sent[reply.metadata.src_node_id], reply)
+        row = self._account(reply, "train")
         if row["status"] != "ok":
             return row, None
         layers = frozenset(self._trained(node).shapes())
         try:
-            # Of a masked update there is nothing to check: its owner has, before the masks.
-            update = None if self._secure else self._update(node, reply, row["weight"])
+            # Of a masked update there is nothing more to check: its owner has, before the masks.
+            update = None
+            if self._secure:
+                masked_of(node.profile.name, reply)
+            else:
+                start = self._part(node)[0] if self.scenario.strategy.name == "ffa" else {}
+                update = update_of(self.scenario, node, self._trained(node), start, reply, row["weight"])
         except UpdateRefusedError as error:
             return row | {"status": "refused", "reason": str(error)}, None
         limit_s = self.scenario.faults.deadline_s
@@ -253,9 +304,6 @@ class FederatedLora(Strategy):
             reason = f"Its update came after {row['virtual_s']:.1f} s, the deadline is {limit_s:g} s."
             return row | {"status": "late", "reason": reason}, None
         return row, Accepted(update, layers, reply)
-
-    def _update(self, node: Node, reply: Message, weight: float) -> Update:
-        return update_of(self.scenario, node, self._trained(node), self._sent[node.node_id], reply, weight)
 
     def _combine(
         self, number: int, accepted: list[Accepted], rows: list[Row]
@@ -270,7 +318,8 @@ class FederatedLora(Strategy):
         try:
             if self._secure and accepted:
                 # By the node that Flower authenticated, not by what it calls itself.
-                masked = {self._name_of(one.reply): masked_of(one.reply) for one in accepted}
+                names = [self._name_of(one.reply) for one in accepted]
+                masked = {n: masked_of(n, one.reply) for n, one in zip(names, accepted, strict=True)}
                 secure = self._secure.close(masked)
                 figures["updates"] = len(secure.survivors)
         except CohortError as too_few:  # a round has the right sum or none
@@ -305,9 +354,9 @@ class FederatedLora(Strategy):
     def _secure_mean(self, number: int, found: SecureSum) -> Combined:
         assert self._secure is not None
         mean: dict[str, Any] = dict(found.mean)
-        node_id, message = next(iter(self._sent.items()))
-        sent = from_record(message.content.array_records["arrays"])
-        trained = trained_part(sent, self.scenario, self._frozen(self._by_id[node_id]))
+        node = self._by_id[next(iter(self._sent))]  # all have the same
+        sent = self._part(node)[0]
+        trained = trained_part(sent, self.scenario, self._frozen(node))
         mean |= {name: array for name, array in sent.items() if name not in trained}
         combined = self.combiner.after_mean(self._state, number, mean)
         if self.accounting is not None:

@@ -31,6 +31,7 @@ _OWN = (
     "spent-mb",
     "spent-joules",
     "spent-money",
+    "known-run",
 )  # of one client: whether it leaves, and its figures
 _RECORDS = {"arrays", "config", "secure"}
 _WORDS = {
