@@ -54,7 +54,7 @@ def test_every_key_is_checked_before_anything_is_read(
         pytest.skip("a simulated node may have no texts of its own")
     settings = _settings(playground, simulated=simulated)
     InProcessGrid(app, 1, {})  # messages are of a run, and it makes one
-    context = Context(1, 2, config, RecordDict(), settings.run_config())
+    context = Context(1, 2, config, RecordDict(), {**settings.run_config()})
     for kind in ("query.hello", "train"):
         reply = app(Message(RecordDict({"config": ConfigRecord()}), 2, kind), context)
         failure = failure_of(reply)

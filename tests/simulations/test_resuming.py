@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message
 
 from support.federations import Playground, spoiled
 from tightbeam.common.costs.meter import read_ledger
@@ -26,7 +26,7 @@ def _killed_in(number: int, kind: str, partition: int) -> Any:
 
     def call(message: Message, context: Context) -> Message:
         reply = app(message, context)
-        config = message.content.config_records.get("config") or {}
+        config = message.content.config_records.get("config") or ConfigRecord()
         asked = message.metadata.message_type, config.get("server-round"), context.node_config["partition-id"]
         if asked == (kind, number, partition):
             raise Killed

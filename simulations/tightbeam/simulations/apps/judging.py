@@ -52,7 +52,7 @@ def figures_told(scenario: Scenario, client: str, reply: Message, *, trains: boo
         UpdateRefusedError: one is missing, unknown, of another kind, or beyond what can be; names it.
 
     """
-    metrics = reply.content.metric_records.get("metrics") or {}
+    metrics: Mapping[str, Any] = reply.content.metric_records.get("metrics") or {}
     wanted: set[str] = set(_COUNTED)
     if notes_of(reply).get("status") == "ok":
         wanted = {*_WHOLE, *_REAL} - set(HIDDEN if scenario.strategy.secure else ())

@@ -131,12 +131,12 @@ class Roster:
         told_by = {said(notes_of(reply).get("client")): reply for reply in came}
         admitted = []
         for profile in self.scenario.profiles():
-            if reply := told_by.get(profile.name):
-                node_id = reply.metadata.src_node_id
+            if told := told_by.get(profile.name):
+                node_id = told.metadata.src_node_id
                 if (place := self._place_of(profile, node_id)) is None:
                     self._known.discard(node_id)
                 else:
-                    admitted.append(Node(node_id, profile, _certificate(reply), *place))
+                    admitted.append(Node(node_id, profile, _certificate(told), *place))
         self.nodes |= {node.profile.name: node for node in admitted}
         if self.scenario.train.freeze_bottom_after is not None:
             _require_one_side_of_the_cut(self.nodes.values())
