@@ -49,7 +49,8 @@ def figures(message: Message, **changed: float) -> MetricRecord:
     """What a sound client tells of itself in a reply to this message."""
     counts = [
         "tokens", "learned-tokens", "payload-up-bytes", "payload-down-bytes", "wire-up-bytes",
-        "wire-down-bytes", "cloud-flops", "examples", "steps", "weight-bytes", "edge-flops", "weight", "memory-bytes",
+        "wire-down-bytes", "cloud-flops", "examples", "steps", "weight-bytes", "edge-flops", "weight",
+        "memory-bytes",
     ]  # fmt: skip
     told: dict[str, float] = dict.fromkeys(counts, 1)
     reals = ("loss", "wall-s", "edge-s", "network-s", "network-virtual-s", "virtual-s", "joules")

@@ -106,7 +106,7 @@ class Roster:
             try:
                 admitted += self._admit([node_id])
             except TightbeamError as error:  # the others go on without it
-                refused[self._name(node_id)] = str(error)
+                refused[self._claims.client_of(node_id) or f"node {node_id}"] = str(error)
         refused |= self.lost()
         return admitted, refused
 
