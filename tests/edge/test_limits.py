@@ -1,12 +1,16 @@
 """What the cloud or the model would refuse at some step is refused before the first, with file and line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from support.commands import run_command
 from support.edge_runs import Steps, byte_tokenizer, quiet, tiny_llama, tiny_recipe, write_jsonl
+from support.in_process import InProcessCloud
+from support.split_runs import save_tiny_model
 from tightbeam.common.config import Recipe
 from tightbeam.common.errors import DataError, StepTooLargeError, TightbeamError
 from tightbeam.common.runs import RunFolder
@@ -101,3 +105,20 @@ def test_data_check_says_the_same(tmp_path: Path) -> None:
     check_file(path, byte_tokenizer())
     with pytest.raises(DataError, match=r"texts\.jsonl:2 has \d+ tokens, more than the 64"):
         check_file(path, byte_tokenizer(), limits=Limits.of(_card(max_positions=64)))
+
+
+def test_the_command_asks_the_cloud_or_the_models_config(tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    path = write_jsonl(tmp_path / "texts.jsonl", [SHORT, LONG, {"prompt": "a", "completion": "b" * 300}])
+    with InProcessCloud(model, tmp_path / "cloud", max_tokens_per_step=80) as cloud:
+        of_cloud = run_command(tmp_path, "data", "check", str(path), "--cloud", cloud.listen(), "--insecure")
+    assert of_cloud.code == 2
+    assert re.search(r"texts\.jsonl:2 has \d+ tokens, more than the 80 that the cloud takes", of_cloud.error)
+    of_model = run_command(tmp_path, "data", "check", str(path), "--model", str(model))
+    assert of_model.code == 2
+    assert re.search(r"texts\.jsonl:3 has \d+ tokens, more than the 256 that the model", of_model.error)
+
+
+@pytest.mark.parametrize("config", ["[]", "{}", '{"text_config": 3}', '{"vocab_size": "many"}'])
+def test_a_config_that_says_nothing_limits_nothing(config: str) -> None:
+    assert Limits.of(pb.Card(config_json=config)) == Limits()

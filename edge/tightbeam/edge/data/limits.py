@@ -26,11 +26,13 @@ class Limits:
     @classmethod
     def of(cls, card: Card) -> Self:
         """As a cloud's card has them."""
-        config: dict[str, Any] = json.loads(card.config_json)
-        vocab_size = config.get("text_config", config).get("vocab_size", 0)
+        config: Any = json.loads(card.config_json)
+        nested = isinstance(config, dict) and config.get("text_config")
+        text = nested if isinstance(nested, dict) else config
+        vocab_size = text.get("vocab_size") if isinstance(text, dict) else None
         return cls(
             num_positions=card.limits.max_positions,
-            vocab_size=int(vocab_size),
+            vocab_size=vocab_size if isinstance(vocab_size, int) else 0,
             tokens_per_step=card.limits.max_tokens_per_step,
         )
 
