@@ -105,7 +105,7 @@ class ChatTemplate:
         begun = before is not None and text.startswith(before)
         if begun and through is not None and through.startswith(str(before)) and text.startswith(through):
             return len(str(before)), len(through)
-        start = len(str(before)) if begun else self._place(record, number, messages, text, at_end=False)
+        start = len(str(before)) if begun else self._start(record, number, text)
         end: int | None = len(text)
         if not is_last:
             end = self._place(record, number, messages, text, at_end=True)
@@ -118,6 +118,18 @@ class ChatTemplate:
             raise self._unclear(record, number)
         return start, end
 
+    def _start(self, record: Record, number: int, text: str) -> int | None:
+        """Where a message begins that is not shown behind the prompt for it: with content or thoughts."""
+        messages, message = record.messages, record.messages[number]
+        start = self._place(record, number, messages, text, at_end=False)
+        floor = self._place(record, number - 1, messages, text, at_end=True) if number else 0
+        bare = {"role": message["role"], "content": _MARK + message["content"]}
+        without = self._try(record, [*messages[:number], bare, *messages[number + 1 :]])
+        if start is None or floor is None or without is None:
+            return start
+        first = common_prefix(text, without)
+        return min(start, first) if first >= floor else start
+
     def _place(
         self, record: Record, number: int, messages: Sequence[Message], text: str | None, *, at_end: bool
     ) -> int | None:
@@ -126,10 +138,12 @@ class ChatTemplate:
         if text is None or marked is None or marked.count(_MARK) != 1:
             return None
         head, tail = marked.split(_MARK)
-        place = len(text) - len(tail)
-        # The mark may keep a template from trimming white space beside it; nothing else may have changed.
-        same = text.endswith(tail) and "".join(text[:place].split()) == "".join(head.split())
-        return place if same else None
+        # The mark may move white space beside it, which templates trim; nothing else may have changed.
+        for rest in (tail.lstrip(),) if at_end else (tail, tail.lstrip()):
+            place = len(text) - len(rest)
+            if text.endswith(rest) and "".join(text[:place].split()) == "".join(head.split()):
+                return place
+        return None
 
     def _marked(
         self, record: Record, number: int, messages: Sequence[Message], *, at_end: bool = True

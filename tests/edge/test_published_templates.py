@@ -1,0 +1,84 @@
+"""The templates of published models, which TRL carries: answers are learned and nothing else, or refused."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support.edge_runs import byte_tokenizer, write_jsonl
+from tightbeam.common.errors import DataError
+from tightbeam.edge.data import IGNORED, load_examples
+
+_TRL = find_spec("trl")
+assert _TRL is not None
+assert _TRL.origin is not None
+TEMPLATES = sorted((Path(_TRL.origin).parent / "chat_templates").glob("*.jinja"))
+OF_IMAGES = ("idefics", "llava", "smolvlm")  # these want content in parts, never as text
+
+CALL = {"type": "function", "id": "123456789", "function": {"name": "look", "arguments": {"at": "CLOCK"}}}
+TURNS: list[dict[str, Any]] = [
+    {"role": "user", "content": "Question-1"},
+    {"role": "assistant", "content": "Answer-1"},
+    {"role": "user", "content": "Question-2"},
+    {"role": "assistant", "content": "Answer-2"},
+]
+CALLS: list[dict[str, Any]] = [
+    {"role": "user", "content": "Question-0"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "look", "content": "Question-of-tool", "tool_call_id": "123456789"},
+    {"role": "assistant", "content": "Answer-0"},
+]
+THOUGHTS = [m | {"reasoning_content": f"Answer-{n}-thought"} if n % 2 else m for n, m in enumerate(TURNS)]
+
+
+def _runs(tmp_path: Path, template: str, chat: list[dict[str, Any]]) -> tuple[list[str], str]:
+    """What is learned, run by run, and the rest."""
+    tokenizer = byte_tokenizer(template)
+    (example,) = load_examples(
+        write_jsonl(tmp_path / "one.jsonl", [{"messages": chat}]), tokenizer, max_length=100_000
+    )
+    runs: list[list[int]] = [[]]
+    for token, label in zip(example.input_ids, example.labels, strict=True):
+        if label != IGNORED:
+            runs[-1].append(token)
+        elif runs[-1]:
+            runs.append([])
+    rest = [t for t, label in zip(example.input_ids, example.labels, strict=True) if label == IGNORED]
+    return [str(tokenizer.decode(run)) for run in runs if run], str(tokenizer.decode(rest))
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_two_answers(tmp_path: Path, path: Path) -> None:
+    template = path.read_text(encoding="utf-8")
+    if path.stem.startswith(OF_IMAGES):
+        with pytest.raises(DataError, match=r"one\.jsonl:1: the chat template (refuses|does not show)"):
+            _runs(tmp_path, template, TURNS)
+        return
+    runs, rest = _runs(tmp_path, template, TURNS)
+    assert [answer in run for answer, run in zip(("Answer-1", "Answer-2"), runs, strict=True)] == [True] * 2
+    assert "Question" not in "".join(runs)
+    assert "Answer" not in rest
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_calls_and_thoughts_are_learned_or_refused(tmp_path: Path, path: Path) -> None:
+    template = path.read_text(encoding="utf-8")
+    for chat, number in ((CALLS, 2), (CALLS + TURNS, 4), (THOUGHTS, 2)):
+        try:
+            runs, rest = _runs(tmp_path, template, chat)
+        except DataError as error:
+            assert "one.jsonl:1: the chat template" in error.message  # noqa: PT017
+            assert "rewrites" not in error.message  # noqa: PT017  every border can be told
+            continue
+        assert len(runs) == number
+        assert "Question" not in "".join(runs)
+        assert "Answer" not in rest
+        assert "Answer-1" in "".join(runs) or chat is CALLS
+        if chat is not THOUGHTS:
+            assert "look" in runs[0]
+            assert "CLOCK" in runs[0]
+
+
+def test_there_are_templates() -> None:
+    assert len(TEMPLATES) > 60
