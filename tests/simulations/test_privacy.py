@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from dp_accounting import dp_event, rdp
 from flwr.app import Context, Message, MetricRecord, RecordDict
-from rich.console import Console
 
 from support.federations import Playground, Signed
 from support.secure_nodes import SecureNodes, secure_scenario
@@ -19,7 +18,7 @@ from tightbeam.common.federation.privacy import length
 from tightbeam.simulations.apps.client_app import app
 from tightbeam.simulations.apps.combining import Accepted, ByPrivateFlower
 from tightbeam.simulations.apps.privacy import Accounting, adaptive_multiplier, private_strategy
-from tightbeam.simulations.experiment import run_apps
+from tightbeam.simulations.apps.secure import SecureRounds, SecureSum
 from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, to_record
 from tightbeam.simulations.grid import InProcessGrid
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
@@ -259,17 +258,24 @@ def test_a_killed_run_goes_on_counting_where_it_was(playground: Playground) -> N
     assert epsilons == pytest.approx(expected), "the round that was cut off counts, too"
 
 
-def test_a_killed_secure_run_goes_on_with_fresh_keys(signed: Signed) -> None:
+@pytest.mark.parametrize("has_the_sum", [False, True])
+def test_a_killed_secure_run_goes_on_with_fresh_keys(signed: Signed, has_the_sum: bool) -> None:
+    """Also where clients have consented to the sum: for the same cohort they do so again."""
     changes: dict[str, Any] = {"clients": 3, "rounds": 2, "strategy": {"secure": True}}
     whole, cut_off = signed.run(**changes), signed.scenario(**changes)
-    with pytest.raises(Killed):
-        run_apps(
-            cut_off,
-            signed.playground.address,
-            signed.certs,
-            console=Console(quiet=True),
-            client_app=_killed_in(2),
-        )
+    close, sums = SecureRounds.close, list[SecureSum]()
+
+    def killed_with_it(self: SecureRounds, masked: dict[str, bytes]) -> SecureSum:
+        sums.append(close(self, masked))
+        if len(sums) == 3:  # before the first round an evaluation
+            raise Killed
+        return sums[-1]
+
+    client = app if has_the_sum else _killed_in(2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SecureRounds, "close", killed_with_it if has_the_sum else close)
+        with pytest.raises(Killed):
+            signed.playground.run_with(cut_off, client)
     signed.playground.run(cut_off, resume=True)
     left, right = signed.playground.state(whole), signed.playground.state(cut_off)
     assert all(np.array_equal(left[name], right[name]) for name in left)

@@ -32,6 +32,10 @@ SCENARIOS = sorted((Path(scenario_from_mapping.__code__.co_filename).parent / "s
         ),
         ({"strategy": {"name": "krum", "num_malicious": 1}}, "krum needs at least 2 * num_malicious + 3"),
         ({"strategy": {"name": "flora", "secure": True}}, "strategy.secure goes with fedit, ffa, fedavgm"),
+        (
+            {"client": {"budget": {"mb": 1, "degrade": ["int8"]}}, "strategy": {"secure": True}},
+            "strategy.secure goes without budget.degrade",
+        ),
         ({"strategy": {"name": "fedit", "privacy": {"clipping_norm": 1}}}, "noise_multiplier is missing"),
         ({"client": {"mode": "sid"}}, "side"),
         ({"client": {"mode": "side"}, "strategy": {"name": "flora"}}, "mode side, client.share and"),
