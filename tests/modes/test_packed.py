@@ -148,7 +148,7 @@ def test_frozen_parts_are_in_evaluation_mode(edge: Edge) -> None:
 def test_left_padding_goes_through_the_cloud(edge: Edge) -> None:
     """Families count positions differently there, so such a batch is not what the cache holds."""
     batch = ragged_batch(3, 12, side="left")
-    batch["attention_mask"][0, 0] = 0
+    batch["attention_mask"][0, 0], batch["labels"][0, 1] = 0, -100
     for _ in range(2):
         edge.model(**batch)
     assert len(edge.rows) == 2

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-__all__ = ["TINY", "ragged_batch", "scaled", "tiny_model"]
+__all__ = ["PAD", "TINY", "ragged_batch", "scaled", "tiny_model"]
+
+PAD = 2  # the end of text, as many tokenizers pad
 
 _ROPE = {
     "vocab_size": 97,
@@ -81,7 +83,8 @@ def scaled(model: PreTrainedModel) -> PreTrainedModel:
 def ragged_batch(batch: int, length: int, *, side: str, seed: int = 0, vocab: int = 97) -> dict[str, Tensor]:
     """`batch` sequences of different lengths padded on `side`; the first is full length.
 
-    Labels are -100 at padding and at a first token after it: no token predicts that one.
+    Labels are -100 at padding and at a first token after it: no token predicts that one. Padding is `PAD`,
+    whose embedding is not zero.
     """
     generator = torch.Generator().manual_seed(seed)
     input_ids = torch.randint(3, vocab, (batch, length), generator=generator)
@@ -91,4 +94,4 @@ def ragged_batch(batch: int, length: int, *, side: str, seed: int = 0, vocab: in
         mask[row, slice(0, cut) if side == "left" else slice(length - cut, length)] = 0
     before = torch.nn.functional.pad(mask[:, :-1], (1, 0), value=1)
     labels = input_ids.masked_fill((mask == 0) | (before == 0), -100)
-    return {"input_ids": input_ids.masked_fill(mask == 0, 0), "attention_mask": mask, "labels": labels}
+    return {"input_ids": input_ids.masked_fill(mask == 0, PAD), "attention_mask": mask, "labels": labels}

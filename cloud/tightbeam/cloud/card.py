@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from tightbeam.cloud.backbone import Backbone
+from tightbeam.common.backbone import max_positions
 from tightbeam.common.wire.codecs import CODECS
 from tightbeam.common.wire.records import PROTOCOL
 from tightbeam.proto import backbone_pb2 as pb
@@ -31,7 +32,7 @@ def make_card(backbone: Backbone, max_tokens_per_step: int) -> pb.Card:
         codecs=list(CODECS),
         limits=pb.Limits(
             max_tokens_per_step=max_tokens_per_step,
-            max_positions=trunk.config.max_position_embeddings,
+            max_positions=max_positions(trunk.config),
         ),
         tap_offer=pb.TapOffer(
             blocks=policy.loaded(trunk.num_blocks),

@@ -6,16 +6,17 @@ whole model, where it is noise; what it puts out at tokens does not.
 B = batch, T = padded length, N = real tokens, M = rows (N unless tokens share some), D = hidden size.
 """
 
-import inspect
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PretrainedConfig
 
-from tightbeam.common.backbone import Anatomy, Packer, Segments, SegmentTable
+from tightbeam.common.backbone import Packer, Segments, SegmentTable, VaryingRope
 from tightbeam.common.costs.rows import Purpose
 from tightbeam.common.errors import UsageError
+from tightbeam.edge.calls import current_mask
 from tightbeam.edge.stepper import Stepper
 
 __all__ = ["PassThrough", "RemoteTrunk", "Shortcut", "through_cloud"]
@@ -34,32 +35,35 @@ class Shortcut(Protocol):
 class RemoteTrunk(nn.Module):
     """Runs blocks `[k, L-m)` in the cloud. Called by the model like one of its own blocks."""
 
-    def __init__(self, stepper: Stepper, attention_type: str | None = None) -> None:
+    def __init__(self, stepper: Stepper, config: PretrainedConfig, attention_type: str | None = None) -> None:
         super().__init__()
-        self.stepper = stepper
+        self.stepper, self.config = stepper, config
         self.attention_type = attention_type  # some models ask their blocks for it
         self.shortcut: Shortcut | None = None
         self.ladder: nn.Module | None = None  # of mode side: here, the model's parameters include it
-        self._mask_BT: Tensor | None = None
+        self.rope: VaryingRope | None = None
 
-    def watch(self, anatomy: Anatomy) -> None:
-        """Note the 2-D attention mask of every forward: blocks only get a dense one, and packing needs it."""
-        self._signature = inspect.signature(anatomy.trunk_owner.forward)
-        config: Any = anatomy.trunk_owner.config
-        self._windowed = bool(getattr(config, "sliding_window", None))
-        anatomy.trunk_owner.register_forward_pre_hook(self._note_inputs, with_kwargs=True)
-
+    @torch.compiler.disable
     def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states after the trunk, `[B, T, D]`; zeros at padding."""
         batch, length = hidden_BTD.shape[:2]
-        packer = Packer((batch, length), self._mask_BT, kwargs["position_ids"])
-        hidden_ND = packer.pack(hidden_BTD)
+        mask_BT, positions_BT = current_mask(), kwargs["position_ids"].expand(batch, length)
+        if mask_BT is None:
+            self._check_borders(positions_BT, *args, *kwargs.values())
+        packer = Packer((batch, length), mask_BT, positions_BT)
+        hidden_ND, longest = packer.pack(hidden_BTD), self.rope.longest(positions_BT) if self.rope else 0
         if self.shortcut is None:
-            return packer.unpack(through_cloud(hidden_ND, self.stepper, packer.segments))
+            return packer.unpack(self._cross(hidden_ND, packer.segments, longest))
         if torch.is_grad_enabled() and hidden_ND.requires_grad and not self.shortcut.trains_below:
             raise UsageError(
                 "Something below the cut is trained, so the trunk cannot answer from a cache.",
                 cure="Freeze the bottom, its embeddings and adapters included, or use mode ushape.",
+            )
+        if longest:
+            raise UsageError(
+                f"In a batch of {longest} positions the rotary embeddings of this model change for all its "
+                "sequences, so the trunk cannot answer from a cache.",
+                cure="Lower data.max_length to what the model was first trained with, or use mode ushape.",
             )
         table = kwargs.get("segments")  # of a caller who packs, and may let tokens share rows
         if not isinstance(table, SegmentTable):
@@ -67,28 +71,31 @@ class RemoteTrunk(nn.Module):
         out_ND = self.shortcut.answer(hidden_ND, table)
         return packer.unpack(out_ND.to(hidden_ND.device, hidden_ND.dtype))
 
-    def _note_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = self._signature.bind_partial(*args, **kwargs).arguments
-        past, mask = given.get("past_key_values"), given.get("attention_mask")
-        if past is not None and past.get_seq_length() > 0:
+    def _cross(self, hidden_ND: Tensor, segments: Segments, longest: int) -> Tensor:
+        """Through the cloud; where padding decides on rotary embeddings, one row stands for it."""
+        if longest <= int(segments.positions_N.max()) + 1:
+            return through_cloud(hidden_ND, self.stepper, segments)
+        positions_N = torch.cat([segments.positions_N, torch.tensor([longest - 1])])
+        with_padding = Segments((*segments.lengths, 1), positions_N)
+        return through_cloud(nn.functional.pad(hidden_ND, (0, 0, 0, 1)), self.stepper, with_padding)[:-1]
+
+    def _check_borders(self, positions_BT: Tensor, *arguments: object) -> None:
+        """Sequences packed into one row must be apart in the edge's blocks too, as they are in the trunk."""
+        borders_R2 = (positions_BT.diff(dim=1) != 1).nonzero()
+        if not len(borders_R2):
+            return
+        row, column = borders_R2[0].tolist()
+        dense = next((x for x in arguments if isinstance(x, Tensor) and x.dim() == 4), None)
+        if dense is None:
+            apart = self.config._attn_implementation not in ("sdpa", "eager")  # others part them by positions
+        else:
+            cell = dense[min(row, len(dense) - 1), 0, column + 1, column]
+            apart = float(cell) == 0.0 if cell.dtype is torch.bool else float(cell) < 0.0
+        if not apart:
             raise UsageError(
-                "A key/value cache does not reach into the cloud.",
-                cure="Call generate(..., use_cache=False). Prefix tuning, which trains such a cache, needs "
-                "the whole model: use LoRA, IA3 or prompt tuning.",
+                "Sequences are packed into one row, and this model's blocks would let them see each other.",
+                cure="Pad them and pass attention_mask, instead of packing or padding_free.",
             )
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise UsageError(
-                "The split model takes a 2-D attention mask [batch, length].",
-                cure="Pass the tokenizer's attention_mask; 4-D masks cannot be sent as packed rows.",
-            )
-        if mask is not None and not bool(mask.any()):
-            raise UsageError("The attention mask covers the whole batch.", cure="Leave out empty batches.")
-        if mask is not None and self._windowed and _has_holes(mask):
-            raise UsageError(
-                "This model's attention window counts masked tokens, which are not sent.",
-                cure="Mask only padding at either end of a sequence.",
-            )
-        self._mask_BT = mask
 
 
 class PassThrough(nn.Module):
@@ -103,19 +110,17 @@ class PassThrough(nn.Module):
         return hidden_BTD
 
 
-def _has_holes(mask_BT: Tensor) -> bool:
-    edges_BT = torch.nn.functional.pad(mask_BT.bool(), (1, 1)).int().diff(dim=1).abs()
-    return bool((edges_BT.sum(1) > 2).any())
-
-
 def through_cloud(hidden_ND: Tensor, stepper: Stepper, segments: Segments) -> Tensor:
     """Hidden states after the trunk, `[N, D]`; differentiable in `hidden_ND`: a `Trunk` over the wire."""
     # Asked here, because autograd turns gradients off inside its functions.
     purpose: Purpose = "train" if torch.is_grad_enabled() else "evaluate"
+    crossing_ND = (
+        hidden_ND.float() if hidden_ND.dtype is torch.float64 else hidden_ND
+    )  # no codec carries more
     out_ND: Tensor = _CloudSpan.apply(  # type: ignore[no-untyped-call]  # torch leaves `apply` bare
-        hidden_ND, stepper, segments, purpose
+        crossing_ND, stepper, segments, purpose
     )
-    return out_ND
+    return out_ND.to(hidden_ND.dtype)
 
 
 class _CloudSpan(torch.autograd.Function):

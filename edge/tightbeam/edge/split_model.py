@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from tightbeam.common.backbone import Cut, build_skeleton, config_from_dict, dissect, fill
+from tightbeam.common.backbone import Cut, VaryingRope, build_skeleton, config_from_dict, dissect, fill
 from tightbeam.common.errors import UnsupportedModelError
 from tightbeam.edge.adapter_names import NamesLayers, refuse_saving
+from tightbeam.edge.calls import watch_calls
 from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
 from tightbeam.edge.stepper import Stepper
 from tightbeam.edge.weights import BlobStore, local_source
@@ -44,11 +45,12 @@ def build_split_model(
     else:
         held = {f"block.{i}" for i in range(card.num_blocks) if i not in span} | {"embedding", "head", "rest"}
         load = store.source([blob for blob in card.blobs if blob.name in held])
-    trunk = RemoteTrunk(stepper, kinds[span[0]])
+    trunk = RemoteTrunk(stepper, model.config, kinds[span[0]])
     for index in span:
         anatomy.blocks[index] = trunk if index == span[0] else PassThrough(kinds[index])
     fill(model, load, lambda name: True, dtype, device)
-    trunk.watch(anatomy)
+    trunk.rope = VaryingRope(model)
+    watch_calls(model, anatomy)
     model.config.use_cache = False
     if model.generation_config is not None:
         model.generation_config = _generation_config(card, store, local_path) or model.generation_config

@@ -7,6 +7,7 @@ from tightbeam.common.backbone.cuts import Cut, CutPolicy
 from tightbeam.common.backbone.families import FAMILIES, Anatomy, check_family, dissect, refusing
 from tightbeam.common.backbone.hub import model_source, no_such_model, resolve_model
 from tightbeam.common.backbone.packing import Packer, Segments
+from tightbeam.common.backbone.rope import VaryingRope, max_positions
 from tightbeam.common.backbone.selftest import SelfTest, self_test
 from tightbeam.common.backbone.skeleton import build_skeleton, config_from_dict, fill
 from tightbeam.common.backbone.taps import MAX_TAPS, PROJECTION_BLOB, Projection, Taps, tap_name
@@ -31,12 +32,14 @@ __all__ = [
     "SharedRows",
     "Taps",
     "Trunk",
+    "VaryingRope",
     "build_skeleton",
     "check_family",
     "config_from_dict",
     "dissect",
     "fill",
     "fingerprint",
+    "max_positions",
     "model_source",
     "no_such_model",
     "open_checkpoint",

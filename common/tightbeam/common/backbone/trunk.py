@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from tightbeam.common.backbone.attention import PACKED_ATTENTION, SegmentTable
 from tightbeam.common.backbone.families import Anatomy, dissect
 from tightbeam.common.backbone.packing import Segments
+from tightbeam.common.backbone.rope import VaryingRope
 
 __all__ = ["PackedTrunk", "Trunk"]
 
@@ -80,6 +81,7 @@ class PackedTrunk:
         self.config = model.config.get_text_config()
         for index, block in enumerate(self.blocks):
             self.anatomy.blocks[index] = _Slot(index, block, self)
+        self._rope = VaryingRope(model)
         self.set_attention(PACKED_ATTENTION)
 
     @property
@@ -118,6 +120,7 @@ class PackedTrunk:
 
     def _fly(self, flight: _Flight, positions_BT: Tensor | None, **kwargs: Any) -> Tensor:
         self.flight, hidden_BTD = flight, flight.hidden_1ND
+        self._rope.forget(hidden_BTD)
         width = getattr(self.config, "word_embed_proj_dim", self.hidden_size)  # OPT projects its embeddings
         dummy_BTW = hidden_BTD.new_zeros(1, 1, 1).expand(*hidden_BTD.shape[:2], width)
         if positions_BT is not None:
