@@ -42,7 +42,7 @@ class _Watch:
     def __init__(self, signature: inspect.Signature) -> None:
         self._signature = signature
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it bare
     def note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before the model's own forward."""
         given = self._signature.bind_partial(*args, **kwargs).arguments
@@ -96,7 +96,7 @@ def _learns_from_tokens(loss: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it bare
 def _check_labels(labels_BT: Tensor | None, shifted_BT: Tensor | None) -> None:
     mask_BT = current_mask()
     if shifted_BT is None and labels_BT is not None:

@@ -43,7 +43,7 @@ class RemoteTrunk(nn.Module):
         self.ladder: nn.Module | None = None  # of mode side: here, the model's parameters include it
         self.rope: VaryingRope | None = None
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it bare
     def forward(self, hidden_BTD: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Hidden states after the trunk, `[B, T, D]`; zeros at padding."""
         batch, length = hidden_BTD.shape[:2]
