@@ -16,7 +16,11 @@ assert _TRL.origin is not None
 TEMPLATES = sorted((Path(_TRL.origin).parent / "chat_templates").glob("*.jinja"))
 OF_IMAGES = ("idefics", "llava", "smolvlm")  # these want content in parts, never as text
 
-CALL = {"type": "function", "id": "123456789", "function": {"name": "look", "arguments": {"at": "CLOCK"}}}
+CALL: dict[str, Any] = {
+    "type": "function",
+    "id": "123456789",
+    "function": {"name": "look", "arguments": {"at": "CLOCK"}},
+}
 TURNS: list[dict[str, Any]] = [
     {"role": "user", "content": "Question-1"},
     {"role": "assistant", "content": "Answer-1"},
@@ -78,6 +82,22 @@ def test_calls_and_thoughts_are_learned_or_refused(tmp_path: Path, path: Path) -
         if chat is not THOUGHTS:
             assert "look" in runs[0]
             assert "CLOCK" in runs[0]
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_arguments_of_calls_may_be_text_as_openais_api_has_them(tmp_path: Path, path: Path) -> None:
+    function = CALL["function"] | {"arguments": '{"at": "CLOCK"}'}
+    as_text = [m | {"tool_calls": [CALL | {"function": function}]} if "tool_calls" in m else m for m in CALLS]
+    template = path.read_text(encoding="utf-8")
+    outcomes = []
+    for chat in (CALLS, as_text):
+        try:
+            outcomes.append(str(_runs(tmp_path, template, chat)))
+        except DataError as error:
+            outcomes.append(error.message)
+    assert outcomes[0] == outcomes[1]
+    assert '\\"' not in outcomes[0]
+    assert path.stem != "deepseekv3" or "CLOCK" in outcomes[0]  # which wants text
 
 
 def test_there_are_templates() -> None:

@@ -7,6 +7,8 @@ is put into the message, and where it comes out tells the place. What cannot be 
 what the template would leave out.
 """
 
+import contextlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -46,18 +48,7 @@ class ChatTemplate:
             DataError: the template refuses the chat, or leaves something of it out.
 
         """
-        try:
-            text = self._apply(record, record.messages)
-        except _FAULTS as error:
-            why = one_line(" ".join(str(error).split())) or type(error).__name__
-            raise self._refusal(
-                record,
-                f"the chat template refuses this chat ({why})",
-                "Write it as the model's template wants it; some take no system message, or no two of a role "
-                "in a row.",
-            ) from error
-        self._refuse_lost(record, text)
-        return text
+        return self._fitted(record)[1]
 
     def answers(self, record: Record) -> tuple[str, list[Span]]:
         """The text of a chat, and what of it are answers.
@@ -72,11 +63,32 @@ class ChatTemplate:
                 record, "no message has the role assistant, so there is nothing to learn",
                 "Add the answer, take the chat out, or set data.answer_only=false.",
             )  # fmt: skip
-        text = self.render(record)
+        record, text = self._fitted(record)
         spans = self._own_spans(record, text) or [self._span(record, number, text) for number in answers]
         if any(start >= end for start, end in spans):
             raise self._unclear(record, answers[0])
         return text, spans
+
+    def _fitted(self, record: Record) -> tuple[Record, str]:
+        """A chat with arguments of calls as the template takes them, and its text."""
+        fault: Exception | None = None
+        for as_text in (False, True):  # most templates write objects out themselves, some want text
+            messages = tuple(_with_arguments(message, as_text) for message in record.messages)
+            try:
+                text = self._apply(record, messages)
+            except _FAULTS as error:
+                fault = fault or error
+                continue
+            record = replace(record, messages=messages)
+            self._refuse_lost(record, text)
+            return record, text
+        why = one_line(" ".join(str(fault).split())) or type(fault).__name__
+        raise self._refusal(
+            record,
+            f"the chat template refuses this chat ({why})",
+            "Write it as the model's template wants it; some take no system message, or no two of a role "
+            "in a row.",
+        ) from fault
 
     def _own_spans(self, record: Record, text: str) -> list[Span]:
         """What the template itself marks as generated; nothing where that does not hold the answers."""
@@ -212,6 +224,28 @@ class ChatTemplate:
             f"the chat template rewrites message {number + 1}, so the borders of its answer cannot be told",
             "Give each answer its own record, or set data.answer_only=false.",
         )
+
+
+def _with_arguments(message: Message, as_text: bool) -> Message:
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return message
+    return {**message, "tool_calls": [_call(call, as_text) for call in calls]}
+
+
+def _call(call: Any, as_text: bool) -> Any:
+    """A call of a tool with its arguments as an object, or as JSON text, which OpenAI's API has."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or "arguments" not in function:
+        return call
+    arguments = function["arguments"]
+    if as_text and isinstance(arguments, dict):
+        arguments = json.dumps(arguments, ensure_ascii=False)
+    elif not as_text and isinstance(arguments, str):
+        with contextlib.suppress(ValueError, RecursionError):
+            parsed = json.loads(arguments)
+            arguments = parsed if isinstance(parsed, dict) else arguments
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def common_prefix(left: Sequence[Any], right: Sequence[Any]) -> int:
