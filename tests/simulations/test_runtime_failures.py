@@ -69,7 +69,7 @@ def test_without_ray_nothing_starts(scenario: Path, tmp_path: Path) -> None:
     code, line = _tightbeam(tmp_path, "simulate", str(scenario), "--runtime", "ray")
     assert (code, line) == (
         2,
-        'error: The Ray runtime needs the package ray. Run `pip install "tightbeam[ray]"`.',
+        'error: The Ray runtime needs the package ray. Run `pip install "flwr[simulation]<1.43,>=1.41"`.',
     )
     assert not (tmp_path / "federation-1").exists()
 

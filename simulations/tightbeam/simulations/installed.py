@@ -1,11 +1,12 @@
 """What must be installed for an experiment, asked before anything slow is imported or started."""
 
 import importlib.util
+import re
 from importlib import metadata
 
 from tightbeam.common.errors import UsageError
 
-__all__ = ["require_accountant", "require_flower", "require_ray"]
+__all__ = ["missing", "require_accountant", "require_flower", "require_ray"]
 
 _FLOWER = ((1, 41), (1, 43))  # from, below
 
@@ -31,7 +32,7 @@ def require_ray() -> None:
 
     """
     if importlib.util.find_spec("ray") is None:
-        raise UsageError("The Ray runtime needs the package ray.", cure='Run `pip install "tightbeam[ray]"`.')
+        raise missing("The Ray runtime needs the package ray.", "ray")
 
 
 def require_accountant() -> None:
@@ -42,6 +43,11 @@ def require_accountant() -> None:
 
     """
     if importlib.util.find_spec("dp_accounting") is None:
-        raise UsageError(
-            "strategy.privacy needs Flower's accountant.", cure='Run `pip install "tightbeam[privacy]"`.'
-        )
+        raise missing("strategy.privacy needs Flower's accountant.", "privacy")
+
+
+def missing(what: str, extra: str) -> UsageError:
+    """Build the error for an extra that is not installed; what is in it installs from anywhere."""
+    lines = [line.partition(";") for line in metadata.requires("tightbeam") or ()]
+    wanted = [f'"{name.strip()}"' for name, _, marker in lines if re.search(rf"extra == .{extra}.", marker)]
+    return UsageError(what, cure=f"Run `pip install {' '.join(wanted)}`.")

@@ -35,9 +35,9 @@ from flwr.supercore.privacy_accounting import (
 from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 from numpy.typing import NDArray
 
-from tightbeam.common.errors import UsageError
 from tightbeam.common.federation import Arrays
 from tightbeam.common.federation.privacy import clipped, noised
+from tightbeam.simulations.installed import missing
 from tightbeam.simulations.scenario import PrivacySection, Scenario
 
 __all__ = [
@@ -83,9 +83,7 @@ class Accounting:
         try:
             self.accountant = RdpAccountant(config)
         except ImportError as error:
-            raise UsageError(
-                "strategy.privacy needs Flower's accountant.", cure='Run `pip install "tightbeam[privacy]"`.'
-            ) from error
+            raise missing("strategy.privacy needs Flower's accountant.", "privacy") from error
 
     def release(self, noise_multiplier: float) -> None:
         """Count one published round; the multiplier is the noise over what one client can change."""
