@@ -10,7 +10,7 @@ import pytest
 from dp_accounting import dp_event, rdp
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from support.federations import Playground, Signed
+from support.federations import Playground, Signed, losing_texts
 from support.secure_nodes import SecureNodes, secure_scenario
 from tightbeam.common.errors import RecipeError
 from tightbeam.common.federation import Update, parse_adapter
@@ -283,12 +283,11 @@ def test_a_killed_secure_run_goes_on_with_fresh_keys(signed: Signed, has_the_sum
 
 def test_a_client_that_fails_keeps_its_own_words_under_flowers_mod(playground: Playground) -> None:
     privacy = {"noise_multiplier": 1.0, "clipping_norm": 0.05, "where": "client"}
-    groups = {"fine": {"clients": 2}, "broken": {"clients": 1, "codec": "int3"}}
-    scenario = playground.scenario(rounds=1, groups=groups, strategy={"weight": "equal", "privacy": privacy})
-    playground.run(scenario)
+    scenario = playground.scenario(rounds=1, strategy={"weight": "equal", "privacy": privacy})
+    playground.run_with(scenario, losing_texts(scenario, "client-02"))
     row = playground.rows(scenario, "client_round")[2]
     assert row["status"] == "failed"
-    assert "'int3'" in row["reason"]
+    assert "train.jsonl" in row["reason"]
     assert playground.rows(scenario, "round")[0]["updates"] == 2
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
-from support.federations import Playground, Signed
+from support.federations import Playground, Signed, losing_texts
 from support.flower_count import FlowerCount
 from support.in_process import InProcessCloud
 from support.recounting import Recount, differences
 from support.recounting_rows import Clients
 from tightbeam.common.errors import CohortError
 from tightbeam.simulations.accounts import account
+from tightbeam.simulations.apps.client_app import app
+from tightbeam.simulations.grid import ClientCall
 from tightbeam.simulations.journal import moved_bytes
 from tightbeam.simulations.scenario import Scenario
 
@@ -32,7 +34,7 @@ EVERYTHING: dict[str, Any] = {
         "half": {"clients": 1, "share": "top"},
         "alone": {"clients": 1, "share": "none", "mode": "side", "side": LITTLE},
         "tiny": {"clients": 1, "device": {"gflops": 10, "memory_mb": 0.01}},
-        "broken": {"clients": 1, "codec": "int3"},
+        "broken": {"clients": 1},
     },
     "train": {"lr": 2e-2, "freeze_bottom_after": 1},
     "faults": {"dropout": 0.15, "straggler": 0.2, "slowdown": 1000, "deadline_s": 20},
@@ -76,9 +78,14 @@ class Counted:
 
 
 def count(
-    playground: Playground, sizes: dict[str, int], scenario: Scenario, *, shape: bool = False
+    playground: Playground,
+    sizes: dict[str, int],
+    scenario: Scenario,
+    *,
+    shape: bool = False,
+    client: ClientCall = app,
 ) -> Counted:
-    flower = FlowerCount()
+    flower = FlowerCount(client)
     playground.run_with(scenario, flower, shape=shape)
     return Counted(scenario, scenario.folder, sizes, flower)
 
@@ -96,7 +103,8 @@ def everything(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Counted:
     playground = Playground(federation_cloud.address, tmp_path_factory.mktemp("everything"), backbone)
-    return count(playground, sizes, playground.scenario(**EVERYTHING))
+    scenario = playground.scenario(**EVERYTHING)
+    return count(playground, sizes, scenario, client=losing_texts(scenario, "client-08"))
 
 
 def test_modes_ranks_budgets_and_faults_all_at_once(everything: Counted) -> None:

@@ -21,7 +21,7 @@ from tightbeam.simulations.experiment import run_apps, run_scenario
 from tightbeam.simulations.grid import ClientCall
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
-__all__ = ["TOPICS", "Playground", "Signed", "figures", "save_backbone", "spoiled", "sums"]
+__all__ = ["TOPICS", "Playground", "Signed", "figures", "losing_texts", "save_backbone", "spoiled", "sums"]
 
 TOPICS = ("plus", "minus", "times")
 NUM_BLOCKS = 6
@@ -153,3 +153,10 @@ def spoiled(spoil: Callable[[int, Message], None]) -> ClientCall:
         return reply
 
     return call
+
+
+def losing_texts(scenario: Scenario, client: str) -> ClientCall:
+    """The real client app, but this client's texts are gone once the run has begun: it fails."""
+    return spoiled(
+        lambda number, reply: (scenario.folder / "clients" / client / "train.jsonl").unlink(missing_ok=True)
+    )
