@@ -16,6 +16,7 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.simulations.grid import InProcessGrid
+from tightbeam.simulations.report import write_report
 from tightbeam.simulations.scenario import Scenario
 
 
@@ -79,12 +80,16 @@ def test_without_the_wrong_client_the_round_is_as_if_it_had_not_been_sampled(pla
 
 
 def test_a_client_that_fails_says_why_and_the_others_go_on(playground: Playground) -> None:
-    groups = {"fine": {"clients": 1}, "broken": {"clients": 1, "codec": "int3"}}
-    later = playground.scenario(rounds=1, groups=groups)
-    printed = playground.run(later)
+    later = playground.scenario(rounds=1)
+
+    def lose_its_texts(client: int, reply: Message) -> None:
+        (later.folder / "clients" / "client-01" / "train.jsonl").unlink(missing_ok=True)
+
+    printed = playground.run_with(later, spoiled(lose_its_texts))
+    write_report(later.folder, later)
     row = next(row for row in playground.rows(later, "client_round") if row["client"] == "client-01")
     assert row["status"] == "failed"
-    assert "'int3'" in row["reason"]
+    assert "train.jsonl" in row["reason"]
     assert row["reason"] in printed
     assert row["reason"] in (later.folder / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
     assert playground.rows(later, "round")[0]["updates"] == 2

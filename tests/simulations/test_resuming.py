@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Context, Message
 
-from support.federations import Playground, spoiled
+from support.federations import Playground, Signed, spoiled
 from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import FederationError, RecipeError
 from tightbeam.simulations.apps.client_app import app
@@ -72,6 +72,26 @@ def test_after_a_resume_the_report_has_every_byte_of_the_edges_ledgers(
     assert _report_bytes(report) > _report_bytes(playground.report(whole))
     left, right = playground.state(whole), playground.state(scenario)
     assert all(np.array_equal(left[name], right[name]) for name in left), "and it learned the same"
+
+
+@pytest.mark.parametrize("strategy", ["fedavgm", "ffa"])
+def test_other_strategies_go_on_as_well(playground: Playground, strategy: str) -> None:
+    """What a client tells of before is no record that Flower's own strategies would trip over."""
+    scenario = playground.scenario(strategy={"name": strategy})
+    with pytest.raises(Killed):
+        playground.run_with(scenario, _killed_in(2, "train", 1))
+    playground.run(scenario, resume=True)
+    assert _report_bytes(playground.report(scenario)) == _edge_bytes(scenario)
+    assert [row["updates"] for row in playground.rows(scenario, "round")] == [3, 3]
+
+
+def test_a_secure_run_goes_on_and_counts_as_well(signed: Signed) -> None:
+    scenario, playground = signed.scenario(strategy={"secure": True}), signed.playground
+    with pytest.raises(Killed):
+        playground.run_with(scenario, _killed_in(2, "train", 1))
+    playground.run(scenario, resume=True)
+    assert _report_bytes(playground.report(scenario)) == _edge_bytes(scenario)
+    assert [row["updates"] for row in playground.rows(scenario, "round")] == [4, 4]
 
 
 def test_a_budget_counts_what_was_cut_off(playground: Playground) -> None:

@@ -79,6 +79,8 @@ class Combined:
 class Combiner(Protocol):
     """One way to combine."""
 
+    reads_replies: bool  # else an update's arrays need not be kept a second time, in its reply
+
     def prepare(
         self, number: int, sent: ArrayRecord, num_chosen: int, grid: Grid, frozen: Collection[str] = ()
     ) -> ConfigRecord:
@@ -121,6 +123,8 @@ def trained_part(arrays: Arrays, scenario: Scenario, frozen: Collection[str] = (
 
 class ByAggregator:
     """Ours: `tightbeam.common.federation`."""
+
+    reads_replies = False
 
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario
@@ -184,6 +188,8 @@ class ByAggregator:
 
 class ByFlower:
     """Flower's own strategies, on adapters of one shape."""
+
+    reads_replies = True
 
     def __init__(self, scenario: Scenario) -> None:
         self._scenario = scenario

@@ -39,7 +39,7 @@ from tightbeam.common.federation.secagg.keys import roster_from
 from tightbeam.common.identity import Identity, load_identity
 from tightbeam.simulations.apps.combining import trained_part
 from tightbeam.simulations.apps.exchange import exchange
-from tightbeam.simulations.apps.judging import HIDDEN
+from tightbeam.simulations.apps.judging import HIDDEN, notes_of, said
 from tightbeam.simulations.apps.participant import Client
 from tightbeam.simulations.apps.privacy import private_update
 from tightbeam.simulations.apps.terms import CLIP, Arrays, Purpose, plan_of, require_agreed
@@ -224,7 +224,7 @@ class SecureRounds:
     def admit(self, name: str, node_id: int, certificate: bytes) -> None:
         """Let a client in. Whether the authority issued the certificate is for the clients to judge."""
         self._node_ids[name], self._certificates[name] = node_id, certificate
-        self._roster[name] = _public_key(certificate)
+        self._roster[name] = _public_key(name, certificate)
 
     def open(
         self,
@@ -306,10 +306,10 @@ class SecureRounds:
             self._take(by_id[reply.metadata.src_node_id], reply)
 
     def _take(self, name: str, reply: Message) -> None:
-        notes = reply.content.config_records["notes"] if reply.has_content() else {}
+        notes = notes_of(reply)
         data = notes.get("secure")
         if not isinstance(data, bytes):
-            reason = notes.get("reason") if notes else reply.error.reason
+            reason = said(reply.error.reason if reply.has_error() else notes.get("reason"))
             self._failures[name] = str(reason)
             return
         self._receive(name, data)
@@ -321,7 +321,13 @@ class SecureRounds:
             self._failures[name] = str(error)
 
 
-def _public_key(certificate_der: bytes) -> Ed25519PublicKey:
-    key = x509.load_der_x509_certificate(certificate_der).public_key()
-    assert isinstance(key, Ed25519PublicKey), "identities are Ed25519"
+def _public_key(name: str, certificate_der: bytes) -> Ed25519PublicKey:
+    try:
+        key = x509.load_der_x509_certificate(certificate_der).public_key()
+    except ValueError:
+        key = None
+    if not isinstance(key, Ed25519PublicKey):
+        raise FederationError(
+            f"{name} shows no certificate of an identity.", cure="Give it one of `tightbeam certs init`."
+        )
     return key

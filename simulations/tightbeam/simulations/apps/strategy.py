@@ -297,6 +297,8 @@ class FederatedLora(Strategy):
             else:
                 start = self._part(node)[0] if self.scenario.strategy.name == "ffa" else {}
                 update = update_of(self.scenario, node, self._trained(node), start, reply, row["weight"])
+                if not self.combiner.reads_replies:
+                    del reply.content.array_records["arrays"]
         except UpdateRefusedError as error:
             return row | {"status": "refused", "reason": str(error)}, None
         limit_s = self.scenario.faults.deadline_s
