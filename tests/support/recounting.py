@@ -23,6 +23,7 @@ from support.recounting_otherwise import (
     money,
 )
 from support.recounting_rows import Clients, Row
+from tightbeam.common.costs import Prices
 from tightbeam.simulations.scenario import FLOWER_STRATEGIES, Scenario
 
 __all__ = ["Recount", "differences", "leaves"]
@@ -83,6 +84,8 @@ class Recount:
             "clients": [self._client(name) for name in self.clients.options],
             "rounds": rounds,
             "evaluations": evaluations,
+            "headline": self._headline(),
+            "exported": self._exported(),
             "absences": self._absences(),
             "changes": [],  # nothing is resumed here
             "lines": self._lines() if self.rows[0]["shaped"] else [],
@@ -96,10 +99,44 @@ class Recount:
                 "per_gigabyte": PER_GIGABYTE,
                 "per_petaflop": PER_PETAFLOP,
                 "per_kilowatt_hour": PER_KILOWATT_HOUR,
-                "edge_watts": 45.0,
-                "cloud_watts": 700.0,
+                "edge_watts": None,
+                "cloud_watts": None,
             },
+            "price_sources": dict.fromkeys(Prices.model_fields, "assumed"),
         }
+
+    def _exported(self) -> Row | None:
+        """Of the written adapter only the server's ledger knows."""
+        told = next((row for row in self.rows if row["row"] == "exported" and row["asked"]), None)
+        if told is None:
+            return None
+        rows = [row for row in self.rows if row["row"] == "client_exported"]
+        good = [row for row in rows if row["status"] == "ok"]
+        names = {"wire_up_bytes", "wire_down_bytes", "adapter_up_bytes", "adapter_down_bytes", "weight_bytes"}
+        names |= {"tokens", "edge_flops", "cloud_flops", "joules", "wall_s"}
+        figures = {key: value for key, value in _spread(good).items() if not key.endswith("_client")}
+        absent = {row["client"]: row["reason"] for row in rows if row not in good}
+        found = costs([dict.fromkeys(names, 0) | row for row in rows])
+        return figures | {"clients": len(good), "absent": absent, "costs": found}
+
+    def _headline(self) -> Row | None:
+        """The same clients, before and after."""
+        ends = [row for row in self.rows if row["row"] == "evaluation"]
+        if len(ends) < 2:
+            return None
+        told = [row for row in self.rows if row["row"] == "exported"]
+        if self.clients.secure:
+            means = {"before": ends[0]["loss"], "after": ends[-1]["loss"], "worst": None, "best": None}
+            return means | {"clients": ends[-1]["clients"], "same_clients": False, "exported": bool(told)}
+        first, last = (self._of("client_eval", round=end["round"]) for end in (ends[0], ends[-1]))
+        if told and told[0]["asked"]:
+            last = [row for row in self.rows if row["row"] == "client_exported"]
+        of = [{row["client"]: row for row in rows if row["status"] == "ok"} for rows in (first, last)]
+        both = of[0].keys() & of[1].keys()
+        before, after = (_spread([rows[name] for name in both]) for rows in of)
+        ends_of = {key: [before[key], after[key]] for key in ("worst", "best")}
+        figures = {"before": before["loss"], "after": after["loss"], **ends_of}
+        return figures | {"clients": len(both), "same_clients": True, "exported": bool(told)}
 
     def _client(self, name: str) -> Row:
         options = self.clients.options[name]

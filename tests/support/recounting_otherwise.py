@@ -36,7 +36,7 @@ def alternatives(clients: Clients) -> list[Row]:
     lora -= sum(n for found in (ladders, folds) for key, n in found.items() if key[0] == "client_round")
     shared = sum(_shared_blocks(clients.options[row["client"]]) for row in trained)
     whole_adapters = lora / max(shared, 1) * blocks * (2 * len(trained) + len(evaluated))
-    adapters = round((up + down) * (1 - sum(ladders.values()) / down)) if down else 0
+    adapters = {mode: _adapters(clients, mode) for mode in ("ushape", "top")}
     edge, cloud = _sum(work, "edge_flops"), _sum(work, "cloud_flops")
     both = _as_ushape(clients)
     trunk = {name: (whole - clients.held(name)) // 4 for name in once}
@@ -51,13 +51,13 @@ def alternatives(clients: Clients) -> list[Row]:
         ("central LoRA", 4 * sum(once.values()), 0, 0, 0, flops),
         ("whole model at the edge", 0, whole_adapters, everywhere, flops, 0),
         *(
-            (f"ushape, {c}", crossed(c, 4 * learned + 2 * tested), adapters, weights, *both)
+            (f"ushape, {c}", crossed(c, 4 * learned + 2 * tested), adapters["ushape"], weights, *both)
             for c in ("fp32", "bf16", "int8")
         ),
         (
             "top, bf16, cached",
             crossed("bf16", 2 * sum(once.values())),
-            adapters,
+            adapters["top"],
             weights,
             both[0],
             once_flops,
@@ -86,6 +86,21 @@ def _shared_blocks(options: Row) -> int:
     bottom, top = map(int, str(options["cut"]).split(":"))
     bare = options["mode"] == "top" or (options["mode"] == "side" and not options["side"]["adapt_bottom"])
     return {"none": 0, "top": top, "all": top if bare else bottom + top}[options["share"]]
+
+
+def _adapters(clients: Clients, mode: str) -> int:
+    """Adapters of the blocks that clients had shared in another mode, as large as what they did share."""
+    freeze, total = clients.scenario["train"]["freeze_bottom_after"], 0.0
+    for row in clients.work:
+        options = clients.options[row["client"]]
+        held, wanted, top = (_shared_blocks(options | {"mode": m}) for m in (options["mode"], mode, "top"))
+        down = row["adapter_down_bytes"]
+        lora = down - clients.flower.ladders.get((row["row"], row["round"], row["client"]), 0)
+        handed_in = min(held, top) if freeze and row["round"] > freeze else held
+        if held and down:
+            total += lora / held * wanted
+            total += row["adapter_up_bytes"] * lora / down / handed_in * wanted
+    return round(total)
 
 
 def _as_ushape(clients: Clients) -> tuple[float, float]:

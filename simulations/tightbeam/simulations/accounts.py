@@ -11,8 +11,10 @@ from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import DataError
 from tightbeam.simulations.alternatives import alternatives
+from tightbeam.simulations.headline import exported_of, headline_of
 from tightbeam.simulations.job import job_of
 from tightbeam.simulations.journal import Row, slow_clients
+from tightbeam.simulations.pricing import moved_bytes, tariff_of, with_offers
 from tightbeam.simulations.resuming import scenario_told
 from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 from tightbeam.simulations.schema import (
@@ -34,13 +36,13 @@ _WORK = ("client_round", "client_eval")
 def account(
     folder: Path, scenario: Scenario | None = None, prices: Prices | None = None
 ) -> FederationAccount:
-    """Sum up the ledger in an experiment's folder.
+    """Sum up the ledger in an experiment's folder; what `prices` leaves out is what the clouds asked for.
 
     Raises:
-        DataError: there is no ledger, or it has not begun.
+        DataError: there is no ledger, or it has not begun, or its clouds ask in several currencies.
 
     """
-    rows, prices = read_ledger(folder / "ledger.jsonl"), prices or Prices()
+    rows = read_ledger(folder / "ledger.jsonl")
     first = next((row for row in rows if row["row"] == "experiment"), None)
     if first is None:
         raise DataError(
@@ -48,7 +50,8 @@ def account(
         )
     told = scenario_told(rows) or {}
     scenario = scenario or scenario_from_mapping(told, origin=str(folder / "ledger.jsonl"))
-    work = [row for row in rows if row["row"] in _WORK]
+    work = with_offers([row for row in rows if row["row"] in _WORK])
+    tariff = tariff_of(work, prices)
     evaluations = _evaluations(rows)
     reached = [e for e in evaluations if scenario.target_loss is not None and e.loss <= scenario.target_loss]
     return FederationAccount(
@@ -61,6 +64,8 @@ def account(
         clients=_clients(scenario, work, prices),
         rounds=[_round(row, work, prices) for row in rows if row["row"] == "round"],
         evaluations=evaluations,
+        headline=headline_of(rows),
+        exported=exported_of(rows, prices),
         absences=_absences(work),
         changes=[
             f"after round {row['round']}: {c}"
@@ -73,8 +78,9 @@ def account(
         virtual_s=sum(row["virtual_s"] for row in rows if row["row"] in ("round", "evaluation")),
         target_loss=scenario.target_loss,
         reached_target=reached[0] if reached else None,
-        alternatives=alternatives(job_of(scenario, first["backbone"], work), prices),
-        prices=prices,
+        alternatives=alternatives(job_of(scenario, first["backbone"], work), tariff.prices),
+        prices=tariff.prices,
+        price_sources=dict(tariff.sources),
     )
 
 
@@ -94,7 +100,7 @@ def _privacy(scenario: Scenario, rows: Sequence[Row]) -> PrivacyAccount | None:
     )
 
 
-def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[ClientAccount]:
+def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices | None) -> list[ClientAccount]:
     found, slow = [], [name for slow in _took(work).values() for name in slow_clients(slow)]
     for profile in scenario.profiles():
         own = [row for row in work if row["client"] == profile.name]
@@ -129,7 +135,7 @@ def _clients(scenario: Scenario, work: Sequence[Row], prices: Prices) -> list[Cl
     return found
 
 
-def _round(row: Row, work: Sequence[Row], prices: Prices) -> RoundAccount:
+def _round(row: Row, work: Sequence[Row], prices: Prices | None) -> RoundAccount:
     same = [one for one in work if one["round"] == row["round"]]
     trained = [one for one in same if one["row"] == "client_round"]
     took = _took(trained).get(row["round"], {})
@@ -197,7 +203,7 @@ def _evaluations(rows: Sequence[Row]) -> list[Evaluation]:
     losses: dict[int, dict[str, float]] = {}
     for row in rows:
         if row["row"] in _WORK:
-            moved += Costs.of([row], Prices()).moved_bytes
+            moved += moved_bytes(row)
             if row["row"] == "client_eval" and row["status"] == "ok" and "loss" in row:
                 losses.setdefault(row["round"], {})[row["client"]] = row["loss"]
         elif row["row"] == "round":

@@ -91,10 +91,10 @@ def alternatives(job: Job, prices: Prices) -> list[Alternative]:
         ),
     ]
     for codec in ("fp32", "bf16", "int8"):
-        moved = job.wire_bytes(codec, *job.every_step), job.adapter_bytes, weights
+        moved = job.wire_bytes(codec, *job.every_step), job.adapter_bytes["ushape"], weights
         rule = "4d per token of training, 2d of evaluation"
         found.append(cost(f"ushape, {codec}", moved, job.ushape_flops, rule))
-    moved = job.wire_bytes("bf16", job.tokens_once), job.adapter_bytes, weights
+    moved = job.wire_bytes("bf16", job.tokens_once), job.adapter_bytes["top"], weights
     flops = job.ushape_flops[0], job.once_cloud_flops
     rule = "2d per token, each example once; no adapter below the trunk; edge work at most as in ushape"
     found.append(cost("top, bf16, cached", moved, flops, rule))

@@ -7,7 +7,7 @@ import torch
 
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.modes import TokenBytes
-from tightbeam.common.costs.prices import Prices
+from tightbeam.common.costs.prices import ASSUMED, Prices, Tariff
 from tightbeam.common.wire.codecs import codec, lossless
 from tightbeam.simulations.scenario import ClientSection
 
@@ -49,10 +49,10 @@ class Spent:
     joules: float
     money: float
 
-    def after(self, plan: Plan, codecs: Codecs) -> "Spent":
-        """What it will have spent when the plan is done, too."""
+    def after(self, plan: Plan, codecs: Codecs, prices: Prices) -> "Spent":
+        """What it will have spent when the plan is done, too, by the prices of its cloud."""
         moved = plan.wire_bytes(codecs)
-        bill = Prices().bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
+        bill = prices.bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
         return Spent(self.mb + moved / 1e6, self.joules + plan.joules, self.money + bill.total)
 
     def and_steps(self, wire_bytes: int, cloud_flops: int) -> "Spent":
@@ -62,19 +62,20 @@ class Spent:
 
 
 def choose_codec(
-    options: ClientSection, plan_for: Callable[[Codecs], Plan], spent: Spent
+    options: ClientSection, plan_for: Callable[[Codecs], Plan], spent: Spent, tariff: Tariff | None = None
 ) -> tuple[Codecs | None, str]:
     """The first codec that the budget allows, and why the one before it was refused; none if none does.
 
     What a cache holds, it holds in one codec: with another everything crosses again. So each has its plan.
     """
-    refusal = ""
+    tariff, refusal = tariff or Tariff.of(), ""
     for codecs in (options.codec, *(Codecs.model_validate(name) for name in options.budget.degrade)):
-        then = spent.after(plan_for(codecs), codecs)
+        then = spent.after(plan_for(codecs), codecs, tariff.prices)
         over = options.budget.exceeded_by(then.mb, then.joules, then.money)
         if not over:
             return codecs, refusal
-        refusal = over
+        assumed = "of money" in over and tariff.sources["per_gigabyte"] == ASSUMED
+        refusal = over + " (its cloud names no prices, so some are assumed)" * assumed
     return None, refusal
 
 

@@ -28,7 +28,9 @@ class Job:
     exchanges: int  # messages with an adapter down
     train_exchanges: int  # of them, those with one up
     participants: int
-    adapter_bytes: int  # both directions, ladders left out
+    adapter_bytes: Mapping[
+        str, int
+    ]  # both directions, ladders left out: had all trained in `ushape`, or `top`
     adapter_bytes_per_block: float  # one way
     wire_ratio: float  # wire over payload bytes
     joules_per_flop: float
@@ -65,7 +67,7 @@ def job_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row])
     blocks = sum(options[row["client"]].shared_blocks for row in trained)
     payload = _sum(work, "payload_up_bytes", "payload_down_bytes")
     activations = _sum(work, "wire_up_bytes", "wire_down_bytes")
-    adapters, down = _sum(work, "adapter_up_bytes", "adapter_down_bytes"), _sum(work, "adapter_down_bytes")
+    adapters = _sum(work, "adapter_up_bytes", "adapter_down_bytes")
     edge_flops, joules = _sum(work, "edge_flops"), _sum(work, "joules")
     lora = _sum(trained, "adapter_down_bytes") - _sum(trained, "ladder_down_bytes", "fold_down_bytes")
     held = {row["client"]: row["weight_bytes"] for row in work if row.get("weight_bytes")}
@@ -77,8 +79,7 @@ def job_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row])
         exchanges=len(work),
         train_exchanges=len(trained),
         participants=len({row["client"] for row in work}),
-        # a ladder is the same share of what comes up as of what goes down
-        adapter_bytes=round(adapters * (1 - _sum(work, "ladder_down_bytes") / max(down, 1))),
+        adapter_bytes={mode: round(_adapters(scenario, work, mode)) for mode in ("ushape", "top")},
         adapter_bytes_per_block=lora / max(blocks, 1),
         wire_ratio=activations / payload if payload else 1.0,
         joules_per_flop=joules / edge_flops if edge_flops else 0.0,
@@ -106,6 +107,26 @@ def _trunk_weights(backbone: Mapping[str, Any], held_bytes: int | None) -> int:
     """Elements that a client which holds so much does not hold; none for one that never fetched any."""
     kept = backbone["weight_bytes"] if held_bytes is None else held_bytes
     return int(backbone["weight_bytes"] - kept) // _element_bytes(backbone["dtype"])
+
+
+def _adapters(scenario: Scenario, work: Sequence[Row], mode: str) -> float:
+    """Bytes of adapters, both ways, had every client shared those of its blocks that `mode` trains."""
+    options, freeze = (
+        {profile.name: profile.options for profile in scenario.profiles()},
+        scenario.train.freeze_bottom_after,
+    )
+    found = 0.0
+    for row in work:
+        own = options[row["client"]]
+        wanted, down = own.blocks_shared_in(mode), row.get("adapter_down_bytes", 0)
+        # a ladder is the same share of what comes up as of what goes down
+        lora = 1 - row.get("ladder_down_bytes", 0) / max(down, 1)
+        trained = own.shared_blocks
+        if freeze is not None and row["round"] > freeze:
+            trained = min(trained, own.blocks_shared_in("top"))
+        for moved, held in ((down, own.shared_blocks), (row.get("adapter_up_bytes", 0), trained)):
+            found += moved * lora * wanted / max(held, 1)
+    return found
 
 
 def _ushape_flops(

@@ -1,6 +1,7 @@
 """What the server writes down: the ledger of an experiment, and the state that a killed one resumes from.
 
-    ledger.jsonl              rows experiment, changed, side, client_round, round, client_eval, evaluation
+    ledger.jsonl              rows experiment, changed, side, client_round, round, client_eval, evaluation,
+                              client_exported, exported
     state/round-N.safetensors the global adapter in float64, and what server optimizers remember
     state/round-N.json        written last: with it, round N is complete
 
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
 from tightbeam.common.costs.meter import JsonlLedger, read_ledger
-from tightbeam.common.costs.prices import Prices
 from tightbeam.common.errors import UsageError
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.budgets import Spent
+from tightbeam.simulations.pricing import money_of, moved_bytes, with_offers
 from tightbeam.simulations.resuming import changes, scenario_told
 from tightbeam.simulations.scenario import Scenario
 
@@ -37,12 +38,6 @@ CUT_OFF: Row = {"status": "cut off", "reason": "The server stopped in this round
 _WORK = ("client_round", "client_eval")
 _KEEP = 2
 _SLOW = 1.5  # times the median of its round
-
-
-def moved_bytes(row: Mapping[str, Any]) -> int:
-    """Bytes on all wires of one client's row: steps, adapters, weights."""
-    names = ("wire_up_bytes", "wire_down_bytes", "weight_bytes", "adapter_up_bytes", "adapter_down_bytes")
-    return sum(int(row.get(name, 0)) for name in names)
 
 
 def slow_clients(took_s: Mapping[str, float]) -> dict[str, float]:
@@ -81,7 +76,6 @@ class Journal:
 
     def __init__(self, folder: Path, scenario: Scenario, listener: Listener = lambda row: None) -> None:
         self._folder, self._scenario, self._listener = folder, scenario, listener
-        self._prices = Prices()
         self.rows: list[Row] = []
         self._by_client: dict[str, list[Row]] = {}
         self.unheard: set[str] = set()  # clients that may have done more than this ledger says
@@ -160,11 +154,9 @@ class Journal:
 
     def spent(self, name: str) -> Spent:
         """What a client has spent so far."""
-        rows = self.of_client(name)
+        rows = with_offers(self.of_client(name))
         moved, joules = sum(map(moved_bytes, rows)), sum(row.get("joules", 0.0) for row in rows)
-        flops = sum(row.get("cloud_flops", 0) for row in rows)
-        bill = self._prices.bill(wire_bytes=moved, cloud_flops=flops, edge_joules=joules)
-        return Spent(moved / 1e6, joules, bill.total)
+        return Spent(moved / 1e6, joules, money_of(rows))
 
     def _state(self, number: int) -> Path:
         return self._folder / "state" / f"round-{number}.safetensors"

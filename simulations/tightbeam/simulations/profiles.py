@@ -67,7 +67,9 @@ class Budget(Section):
 
     mb: float | None = Field(default=None, gt=0, description="Bytes on all wires, both directions, 1e6.")
     joules: float | None = Field(default=None, gt=0, description="Energy at the edge, joules.")
-    money: float | None = Field(default=None, gt=0, description="Bill, in the price table's currency.")
+    money: float | None = Field(
+        default=None, gt=0, description="Bill, in the currency of the cloud's prices."
+    )
     degrade: list[str] = Field(
         default_factory=list,
         description="Codecs to fall back to, in this order, before the client leaves.",

@@ -58,8 +58,10 @@ def to_html(found: FederationAccount) -> str:
         found=found,
         total=found.total,
         prices=found.prices,
+        whose=" and ".join(dict.fromkeys(found.price_sources[n] for n in ("per_gigabyte", "per_petaflop"))),
         plots=_plots(found),
         shown=_SHOWN,
+        evaluated=sum(c.first_loss is not None for c in found.clients),
         improved=sum(
             c.last_loss < c.first_loss
             for c in found.clients

@@ -195,8 +195,12 @@ class ClientSection(Section):
     @property
     def shared_blocks(self) -> int:
         """How many blocks have an adapter that it shares."""
+        return self.blocks_shared_in(self.mode)
+
+    def blocks_shared_in(self, mode: str) -> int:
+        """The same, had it trained in another mode."""
         bottom, top = map(int, self.cut.split(":"))
-        bare = self.mode == "top" or (self.mode == "side" and not self.side.adapt_bottom)
+        bare = mode == "top" or (mode == "side" and not self.side.adapt_bottom)
         if self.share == "none":
             return 0
         return top if bare or self.share == "top" else bottom + top

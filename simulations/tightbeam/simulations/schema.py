@@ -13,13 +13,16 @@ from pydantic import BaseModel, ConfigDict
 from tightbeam.common.costs.prices import Prices
 from tightbeam.simulations.alternatives import Alternative
 from tightbeam.simulations.journal import Row
+from tightbeam.simulations.pricing import money_of
 
 __all__ = [
     "Absence",
     "ClientAccount",
     "Costs",
     "Evaluation",
+    "Exported",
     "FederationAccount",
+    "Headline",
     "LineAccount",
     "PrivacyAccount",
     "RoundAccount",
@@ -61,8 +64,8 @@ class Costs(_Model):
         return self.activation_bytes + self.adapter_bytes + self.weight_bytes
 
     @classmethod
-    def of(cls, rows: Iterable[Row], prices: Prices) -> Self:
-        """Sum up."""
+    def of(cls, rows: Iterable[Row], table: Prices | None = None) -> Self:
+        """Sum up; money by what each row's cloud asked for, where `table` does not say otherwise."""
         rows = list(rows)
 
         def total(name: str) -> Any:
@@ -75,16 +78,13 @@ class Costs(_Model):
             "adapter_down_bytes": total("adapter_down_bytes"),
             "weight_bytes": total("weight_bytes"),
         }
-        bill = prices.bill(
-            wire_bytes=sum(counts.values()), cloud_flops=total("cloud_flops"), edge_joules=total("joules")
-        )
         return cls(
             **counts,
             tokens=total("tokens"),
             edge_flops=total("edge_flops"),
             cloud_flops=total("cloud_flops"),
             joules=total("joules"),
-            money=bill.total,
+            money=money_of(rows, table),
             wall_s=total("wall_s"),
         )
 
@@ -119,8 +119,32 @@ class RoundAccount(_Model):
     evaluation: Costs
 
 
+class Headline(_Model):
+    """Held-out loss before and after, over the same clients, nats per learned token."""
+
+    clients: int  # that were evaluated both times
+    before: float
+    after: float
+    worst: tuple[float, float] | None  # the worst client's, before and after; None where only means are known
+    best: tuple[float, float] | None
+    same_clients: bool  # False in secure runs, which know the mean of whoever took part
+    exported: bool  # what is in `adapter/`, all of it; else each client's own part
+
+
+class Exported(_Model):
+    """The written adapter, evaluated by all that could, where it is more than what clients wear in rounds."""
+
+    clients: int
+    loss: float
+    worst: float
+    median: float
+    best: float
+    absent: dict[str, str]  # who did not evaluate it, and why
+    costs: Costs  # beside the experiment: in no other sum
+
+
 class Evaluation(_Model):
-    """Held-out loss of the global adapter over the clients, nats per learned token."""
+    """Held-out loss of clients, each with its own part of the global adapter, nats per learned token."""
 
     round: int
     clients: int
@@ -187,6 +211,8 @@ class FederationAccount(_Model):
     clients: list[ClientAccount]
     rounds: list[RoundAccount]
     evaluations: list[Evaluation]
+    headline: Headline | None
+    exported: Exported | None
     absences: list[Absence]
     changes: list[str]  # of the scenario, at a resume
     lines: list[LineAccount]  # empty unless the lines were shaped
@@ -195,4 +221,5 @@ class FederationAccount(_Model):
     target_loss: float | None
     reached_target: Evaluation | None
     alternatives: list[Alternative]
-    prices: Prices
+    prices: Prices  # the newest
+    price_sources: dict[str, str]  # by field of `prices`: the cloud's list, your own table, or assumed

@@ -68,6 +68,10 @@ class SplitAdapter:
         """Shapes by name: of A [r, in], of B [out, r], of a ladder's tensors their own."""
         return {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
+    def padded(self, arrays: Arrays) -> Arrays:
+        """These, and factors that change nothing for layers that they leave out."""
+        return {name: np.zeros(shape) for name, shape in self.layers().items()} | dict(arrays)
+
     def shared(self, share: str) -> frozenset[str]:
         """Names of what goes to the server: "all", "top" (adapters above the trunk) or "none"."""
         if share == "all":

@@ -19,11 +19,13 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
+from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.federation import LoraAdapter, parse_adapter
 from tightbeam.edge.connection import Cloud
 from tightbeam.edge.federation import Lender, LocalTask
+from tightbeam.simulations.apps.exported import MESSAGE, exported_loss
 from tightbeam.simulations.apps.figures import backbone_facts, counted, figures_of, weight_bytes_of
 from tightbeam.simulations.apps.limits import affordable_codec, require_memory
 from tightbeam.simulations.apps.participant import Client, Leaving
@@ -34,7 +36,7 @@ from tightbeam.simulations.apps.terms import Purpose
 from tightbeam.simulations.budgets import codec_text
 from tightbeam.simulations.global_adapter import from_record, to_record
 
-__all__ = ["app", "evaluate", "hello", "layers", "secure", "train"]
+__all__ = ["app", "evaluate", "exported", "hello", "layers", "secure", "train"]
 
 app = ClientApp()
 _LENDER = Lender()  # one per process: its models serve every client that this process plays
@@ -43,6 +45,7 @@ _LENDER = Lender()  # one per process: its models serve every client that this p
 def _answer(message: Message, context: Context, work: Callable[[Client], RecordDict]) -> Message:
     """Do the work and reply; what goes wrong is a reply too."""
     name, rows, missed = f"node {context.node_id}", list[StepRow](), list[StepRow]()
+    prices = list[PriceList]()
     try:
         settings = Settings.of(context.run_config)
         profile = settings.profile(context.node_config)
@@ -50,7 +53,7 @@ def _answer(message: Message, context: Context, work: Callable[[Client], RecordD
         settings.node(context.node_config)  # before anything is done with what it lacks
         if settings.scenario.threads is not None:
             torch.set_num_threads(settings.scenario.threads)
-        client = Client(settings, profile, dict(context.node_config), rows, missed)
+        client = Client(settings, profile, dict(context.node_config), rows, missed, prices)
         asked = message.content.config_records.get("config")
         if asked and "known-run" in asked:
             client.recall(str(asked["known-run"]))
@@ -67,6 +70,8 @@ def _answer(message: Message, context: Context, work: Callable[[Client], RecordD
             content.metric_records["metrics"] = MetricRecord({**counted(rows)})
     if missed:
         content.metric_records["unheard"] = MetricRecord({**counted(missed)})
+    for asked in prices:
+        content.config_records["notes"]["prices"] = asked.model_dump_json()
     return Message(content=content, reply_to=message)
 
 
@@ -127,6 +132,20 @@ def train(message: Message, context: Context) -> Message:
 def evaluate(message: Message, context: Context) -> Message:
     """Evaluate the global adapter on what this client held out."""
     return _answer(message, context, lambda client: _evaluate(client, context, message.content))
+
+
+@app.evaluate(MESSAGE.partition(".")[2])
+def exported(message: Message, context: Context) -> Message:
+    """Evaluate the adapter that the server has written, all of it."""
+
+    def work(client: Client) -> RecordDict:
+        run = f"{client.profile.name}-x-{uuid.uuid4().hex[:8]}"
+        metrics = exported_loss(client, _LENDER, run, message.content)
+        reply = _notes(client=client.profile.name, status="ok", run=run)
+        reply.metric_records["metrics"] = metrics
+        return reply
+
+    return _answer(message, context, work)
 
 
 def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:

@@ -17,7 +17,7 @@ from tightbeam.simulations.scenario import Scenario
 
 __all__ = ["HIDDEN", "STATUSES", "figures_told", "layers_told", "missed_of", "notes_of", "said"]
 
-STATUSES = ("ok", "failed", "dropped", "left")
+STATUSES = ("ok", "failed", "dropped", "left", "skipped")
 """What a client may say of itself."""
 HIDDEN = ("loss", "weight", "examples", "learned-tokens", "wall-s", "edge-s", "memory-bytes")
 """Figures that a secure reply has under its masks only."""

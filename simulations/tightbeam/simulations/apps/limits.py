@@ -3,6 +3,7 @@
 from flwr.app import RecordDict
 
 from tightbeam.common.config import Codecs
+from tightbeam.common.costs.prices import Tariff
 from tightbeam.edge.connection import Cloud
 from tightbeam.edge.data import Example
 from tightbeam.edge.federation import Lender, LocalTask, SplitAdapter, Workplace
@@ -66,6 +67,7 @@ def affordable_codec(
         # down, up, and down again: to be asked once more costs even those who then leave
         return plan(place, tokens, flops, 3 * adapter_bytes, gradients=gradients)
 
+    tariff = Tariff.of(cloud.prices)
     spent = Spent(*(float(str(config[f"spent-{unit}"])) for unit in ("mb", "joules", "money")))
     missed = counted(client.missed)
     spent = spent.and_steps(
@@ -74,8 +76,9 @@ def affordable_codec(
     if client.scenario.evaluated_after(number):
         place = client.workplace(cloud, lender, options.codec, frozen=client.frozen_after(number))
         evaluation = place.planned_evaluation(held_out, client.scenario.train.batch_size)
-        spent = spent.after(plan(place, *evaluation, adapter_bytes, gradients=False), options.codec)
-    codec, refusal = choose_codec(options, round_with, spent)
+        planned = plan(place, *evaluation, adapter_bytes, gradients=False)
+        spent = spent.after(planned, options.codec, tariff.prices)
+    codec, refusal = choose_codec(options, round_with, spent, tariff)
     if codec is None:
         raise Leaving("left", f"Its budget would be exceeded: {refusal}.")
     return codec

@@ -12,6 +12,7 @@ from typing import Any
 
 from tightbeam.common.config import Codecs
 from tightbeam.common.costs.meter import JsonlLedger, read_ledger
+from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import CloudUnavailableError, UpdateRefusedError
 from tightbeam.common.federation import Arrays
@@ -66,6 +67,7 @@ class Client:
     node_config: dict[str, Any]
     rows: list[StepRow] = field(default_factory=list)  # accounts of its steps in this message
     missed: list[StepRow] = field(default_factory=list)  # those of which the server has not heard
+    prices: list[PriceList] = field(default_factory=list)  # that its cloud asks for, once it is connected
 
     @property
     def scenario(self) -> Scenario:
@@ -108,11 +110,14 @@ class Client:
         freeze = self.scenario.train.freeze_bottom_after
         return freeze is not None and number >= freeze
 
-    def workplace(self, cloud: Cloud, lender: Lender, codec: Codecs, *, frozen: bool) -> Workplace:
-        """Its model with steps of this codec, and its cache."""
+    def workplace(
+        self, cloud: Cloud, lender: Lender, codec: Codecs, *, frozen: bool, shape: AdapterShape | None = None
+    ) -> Workplace:
+        """Its model with steps of this codec, and its cache; of its own shape if no other is given."""
+        shape = shape or self.shape()
         return Workplace(
-            lent=lender.lend(cloud, self.shape(), codec),
-            shape=self.shape(),
+            lent=lender.lend(cloud, shape, codec),
+            shape=shape,
             fingerprint=cloud.card.fingerprint,
             pad_id=pad_id(lender.tokenizer(cloud)),
             cache=CachePlace(self.folder / "cache", cloud.cache_secret, self.profile.options.cache_gb),
@@ -172,6 +177,7 @@ class Client:
                     on_retry=lambda line: _log.warning("%s: %s", self.profile.name, line),
                 ) as cloud,
             ):
+                self.prices[:] = [] if cloud.prices is None else [cloud.prices]
                 yield cloud
 
     @property

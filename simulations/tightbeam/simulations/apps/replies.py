@@ -12,6 +12,7 @@ from tightbeam.simulations.apps.judging import STATUSES, figures_told, notes_of,
 from tightbeam.simulations.global_adapter import from_record
 from tightbeam.simulations.grid import message_bytes
 from tightbeam.simulations.journal import Row
+from tightbeam.simulations.pricing import read_offer
 from tightbeam.simulations.scenario import ClientProfile, Scenario
 
 __all__ = ["Node", "account_of", "cost_of", "failure_of", "masked_of", "spread", "update_of"]
@@ -70,6 +71,8 @@ def account_of(scenario: Scenario, client: str, sent: Row, reply: Message, *, tr
     if not known:
         return row
     try:
+        if "prices" in notes:
+            row["prices"] = read_offer(str(notes["prices"]))
         row |= figures_told(scenario, client, reply, trains=trains)
     except UpdateRefusedError as error:
         return row | {"status": "refused", "reason": str(error)}

@@ -16,6 +16,7 @@ from tightbeam.common.errors import FederationError
 from tightbeam.common.federation import LoraAdapter
 from tightbeam.edge.side import SidePlan
 from tightbeam.simulations.apps.exchange import exchange
+from tightbeam.simulations.apps.exported import evaluate_exported
 from tightbeam.simulations.apps.roster import Roster
 from tightbeam.simulations.apps.settings import Settings
 from tightbeam.simulations.apps.strategy import FederatedLora
@@ -52,6 +53,7 @@ def main(grid: Grid, context: Context) -> None:
         place, scale = settings.folder / "adapter", settings.scenario.adapter.scale
         sides = {row["name"]: SidePlan.of(row["facts"]) for row in journal.rows if row["row"] == "side"}
         save_global_adapter(place, final, scale, roster.facts["model"], sides)
+        evaluate_exported(strategy, grid, final)
 
 
 def run_rounds(strategy: FederatedLora, grid: Grid, state: State | None, roster: Roster) -> GlobalAdapter:
