@@ -14,10 +14,10 @@ _Row = Mapping[str, Any]
 
 def headline_of(rows: Sequence[_Row]) -> Headline | None:
     """Over the clients of both the first and the last evaluation; None where nobody was evaluated twice."""
-    told = next((row for row in rows if row["row"] == "exported"), None)
     rounds = [row["round"] for row in rows if row["row"] == "evaluation"]
     if len(rounds) < 2:
         return None
+    told = _told(rows)
     before = _losses(rows, "client_eval", rounds[0])
     after = _losses(rows, "client_eval", rounds[-1])
     if told is not None and told["asked"]:
@@ -45,15 +45,23 @@ def headline_of(rows: Sequence[_Row]) -> Headline | None:
 
 def exported_of(rows: Sequence[_Row], prices: Prices | None) -> Exported | None:
     """What the clients said of the written adapter, if they were asked."""
-    told = next((row for row in rows if row["row"] == "exported" and row["asked"]), None)
-    if told is None:
+    told = _told(rows)
+    if told is None or not told["asked"]:
         return None
-    own = with_offers([dict(row) for row in rows if row["row"] == "client_exported"])
+    asked = [row for row in rows if row["row"] == "client_exported" and row["round"] == told["round"]]
+    own = with_offers([dict(row) for row in asked])
     return Exported(
         **{name: told[name] for name in ("clients", "loss", "worst", "median", "best")},
         absent={row["client"]: row["reason"] for row in own if row["status"] != "ok"},
         costs=Costs.of(own, prices),
     )
+
+
+def _told(rows: Sequence[_Row]) -> _Row | None:
+    """Whether the adapter of the last round was evaluated as it was written, and with what result."""
+    last = max((row["round"] for row in rows if row["row"] == "round"), default=0)
+    found = [row for row in rows if row["row"] == "exported" and row["round"] == last]
+    return found[-1] if found else None
 
 
 def _losses(rows: Sequence[_Row], kind: str, number: int) -> dict[str, tuple[float, float]]:

@@ -1,7 +1,8 @@
 """What an edge's run is billed for, line by line: which part of it, by which price, and whose price.
 
-Training is billed apart from evaluations, and the download of weights apart from both. Each start of a
-process is billed by the prices that the cloud announced to it.
+Training is billed apart from evaluations, and the download of weights apart from both. What fills a cache
+counts as training: it cannot be told which of its steps serve which. Each start of a process is billed by the
+prices that the cloud announced to it.
 """
 
 from collections.abc import Callable, Iterable, Sequence

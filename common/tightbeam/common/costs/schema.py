@@ -75,8 +75,7 @@ class BillLine(_Model):
     """One price on what some part of the runs used."""
 
     part: str
-    """"training", "evaluation", "download" or "electricity"; a step that fills a cache counts for what waited
-    for it."""
+    """"training", "evaluation", "download" or "electricity"; what fills a cache counts as training."""
     unit: str
     """"bytes" on the wire, "flops" of the cloud, or "joules" at the edge."""
     used: float

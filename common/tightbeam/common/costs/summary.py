@@ -129,7 +129,9 @@ def _edge(record: RunRecords, name: str, grid: "_Grid", table: Prices | None) ->
         timeline=grid.timeline(record),
         prediction=_prediction(record, by_kind),
         energy=energy,
-        bill=billing.lines_of(record, billed, evaluates, energy, table),
+        bill=billing.lines_of(
+            record, billed, lambda row: kinds[row.run, row.step, row.kind] == "evaluation", energy, table
+        ),
     )
 
 

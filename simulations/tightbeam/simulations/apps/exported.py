@@ -30,7 +30,7 @@ MESSAGE = "evaluate.exported"
 def evaluate_exported(strategy: FederatedLora, grid: Grid, final: GlobalAdapter) -> None:
     """Ask all clients for the loss of what was written, unless their own parts are all of it."""
     scenario, journal, whole = strategy.scenario, strategy.journal, final.whole()
-    if any(row["row"] == "exported" for row in journal.rows):
+    if any(row["row"] == "exported" and row["round"] == scenario.rounds for row in journal.rows):
         return
     nodes = {node.node_id: node for node in strategy.present()}
     if all(_wears_all(node, final, whole, scenario) for node in nodes.values()):
