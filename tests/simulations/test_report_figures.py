@@ -231,11 +231,11 @@ def client_cells(one: dict[str, Any]) -> list[str]:
 def alternative_cells(one: dict[str, Any]) -> list[str]:
     return [
         one["name"],
+        units.money_text(one["money"], "USD"),
         "measured" if one["measured"] else "computed",
         *(units.bytes_text(round(one[f"{kind}_bytes"])) for kind in ("activation", "adapter", "weight")),
         *(units.flops_text(round(one[f"{side}_flops"])) for side in ("edge", "cloud")),
         units.joules_text(one["joules"]),
-        units.money_text(one["money"], "USD"),
     ]
 
 

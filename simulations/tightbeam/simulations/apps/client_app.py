@@ -70,8 +70,8 @@ def _answer(message: Message, context: Context, work: Callable[[Client], RecordD
             content.metric_records["metrics"] = MetricRecord({**counted(rows)})
     if missed:
         content.metric_records["unheard"] = MetricRecord({**counted(missed)})
-    for asked in prices:
-        content.config_records["notes"]["prices"] = asked.model_dump_json()
+    for offer in prices:
+        content.config_records["notes"]["prices"] = offer.model_dump_json()
     return Message(content=content, reply_to=message)
 
 
