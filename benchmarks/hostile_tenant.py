@@ -1,9 +1,9 @@
 """What another tenant's misbehaviour does to an honest tenant's steps, attack by attack.
 
-One cloud on loopback, a random Llama. The honest tenant sends forward and backward of one step after the other; blocks
-of steps alone and beside the attack alternate within one run, so a drifting machine moves both. The attacker is a
-process of its own at the lowest priority: its own arithmetic belongs to another machine, and so it takes what is left.
-Before the cloud starts, its ledger gets rows of the attacker's, for the questions to go over.
+One cloud on loopback, a random Llama. The honest tenant sends forward and backward of one step after the
+other; blocks of steps alone and beside the attack alternate within one run, so a drifting machine moves both.
+The attacker is a process of its own at the lowest priority: its own arithmetic belongs to another machine. The
+ledger begins with rows of the attacker's, for its questions to go over.
 
     PYTHONPATH=tests python -m benchmarks.hostile_tenant > hostile.md
 """
@@ -29,9 +29,9 @@ import numpy as np
 import sqlalchemy as sa
 import torch
 from benchmarks.serving import cloud_process
-from support.abuser import Abuser, own_channel
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from support.abuser import Abuser, own_channel
 from tightbeam.cloud.ledger_store import STEPS, Store
 from tightbeam.common.backbone import Segments
 from tightbeam.common.errors import TightbeamError
@@ -39,7 +39,7 @@ from tightbeam.edge import connect
 from tightbeam.edge.stepper import Stepper
 from tightbeam.proto import backbone_pb2 as pb
 
-HIDDEN, TOKENS = 256, 256
+HIDDEN, TOKENS = 128, 128
 
 
 def usage(abuser: Abuser) -> list[Any]:
@@ -117,7 +117,7 @@ def main() -> None:
                 _compare(stepper, address, attack, arguments.rounds, arguments.steps)
     print(
         f"\n{arguments.rounds} x {arguments.steps} steps of {TOKENS} tokens each way, hidden size {HIDDEN}, "
-        f"{arguments.ledger_rows:,} ledger rows; {os.cpu_count()} x {platform.processor() or platform.machine()}, "
+        f"{arguments.ledger_rows:,} ledger rows; {os.cpu_count()} x {platform.machine()}, "
         f"load {os.getloadavg()[0]:.1f}"
     )
 
@@ -194,8 +194,8 @@ def _attack(address: str, attack: str, active: Event, ready: Event) -> None:
 def _model(folder: Path) -> Path:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=1 << 15, hidden_size=HIDDEN, intermediate_size=512, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512,
+        vocab_size=1 << 16, hidden_size=HIDDEN, intermediate_size=256, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     return folder

@@ -1,7 +1,9 @@
 """`tightbeam train` dies by SIGKILL and goes on with --resume over the real wire: equal bits."""
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from support.commands import Cloud, Command, run_command
 from support.edge_runs import write_jsonl
 from tightbeam.common.costs.meter import read_ledger
+from tightbeam.edge import connect
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 STEPS = 24
@@ -46,6 +49,18 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def assert_every_billed_step_is_known(cloud: Cloud, rows: list[dict[str, Any]]) -> None:
+    """A step is in the edge's ledger before it leaves, so no kill makes the cloud bill one that is not."""
+    sent = Counter(row["run"] for row in rows if row["row"] == "sent")
+    answered = Counter(row["run"] for row in rows if row["row"] == "step")
+    with connect(cloud.address, insecure=True) as edge:
+        billed = {run.run: run.forward_steps + run.backward_steps for run in edge.usage()}
+    assert len(sent) == 4
+    for run, number in sent.items():
+        assert answered[run] <= billed[run] <= number
+    assert answered.total() < sent.total()  # a row of the last steps was lost each time
+
+
 def test_killed_three_times_and_resumed(cloud: Cloud, tmp_path: Path) -> None:
     calm, shaken = tmp_path / "calm", tmp_path / "shaken"
     assert run_command(calm, "train", str(recipe(calm, cloud))).code == 0
@@ -62,5 +77,7 @@ def test_killed_three_times_and_resumed(cloud: Cloud, tmp_path: Path) -> None:
     expected, resumed = adapter(calm), adapter(shaken)
     assert expected.keys() == resumed.keys()
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    rows = read_ledger(shaken / "run" / "ledger.jsonl")
+    assert_every_billed_step_is_known(cloud, rows)
     starts = [row for row in read_ledger(shaken / "run" / "ledger.jsonl") if row["row"] == "run"]
     assert len(starts) == len({row["run"] for row in starts}) == 4  # work done again is billed as new work

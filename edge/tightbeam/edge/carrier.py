@@ -73,13 +73,20 @@ class Carrier:
     """Holds the channel, and opens another when it breaks."""
 
     def __init__(
-        self, open_channel: Callable[[], Channel], policy: RetryPolicy, on_retry: Callable[[str], None]
+        self,
+        open_channel: Callable[[], Channel],
+        policy: RetryPolicy,
+        on_retry: Callable[[str], None],
+        on_send: Callable[[Job], None] = lambda job: None,
     ) -> None:
         self._open_channel, self._policy, self._on_retry = open_channel, policy, on_retry
+        self._on_send = on_send
         self._channel: Channel | None = None
 
     def start(self, job: Job) -> Flight:
         """Send a job and do not wait for its answer; what fails here is raised by `exchange`."""
+        if not job.attempts:
+            self._on_send(job)
         job.attempts += 1
         try:
             if self._channel is None:

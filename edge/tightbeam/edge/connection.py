@@ -44,6 +44,7 @@ from tightbeam.edge.offer import asked_by, require_same
 from tightbeam.edge.side import add_side, load_side
 from tightbeam.edge.split_model import build_split_model
 from tightbeam.edge.stepper import Stepper
+from tightbeam.edge.usage import usage_pages
 from tightbeam.edge.weights import BlobStore, Progress, check_card
 from tightbeam.proto import backbone_pb2 as pb
 from tightbeam.proto.backbone_pb2_grpc import BackboneStub
@@ -71,6 +72,7 @@ def connect(
     wait_s: float = 10.0,
     on_row: Callable[[dict[str, Any]], None] = lambda row: None,
     on_retry: Callable[[str], None] = print,
+    on_send: Callable[[dict[str, Any]], None] = lambda row: None,
     on_download: Progress = lambda name, done, total: None,
     policy: RetryPolicy | None = None,
 ) -> "Cloud":
@@ -86,6 +88,7 @@ def connect(
         wait_s: How long to wait for the cloud to answer at all.
         on_row: Gets every row of the accounts, as `ledger.jsonl` holds them.
         on_retry: Gets a line for every retry.
+        on_send: Gets a row before every step leaves: what a killed process may be billed for.
         on_download: Gets the progress of weight downloads in bytes.
         policy: How long transient failures are retried.
 
@@ -122,7 +125,8 @@ def connect(
         channel = grpc.secure_channel(address, credentials, options=_OPTIONS)
     cloud = Cloud(
         channel, who, run or f"{who.name}-{uuid.uuid4().hex[:8]}",
-        tls=not insecure, on_row=on_row, on_retry=on_retry, on_download=on_download, policy=policy,
+        tls=not insecure, on_row=on_row, on_retry=on_retry, on_send=on_send, on_download=on_download,
+        policy=policy,
     )  # fmt: skip
     try:
         cloud._describe(wait_s)
@@ -149,6 +153,7 @@ class Cloud:
         tls: bool,
         on_row: Callable[[dict[str, Any]], None],
         on_retry: Callable[[str], None],
+        on_send: Callable[[dict[str, Any]], None],
         on_download: Progress,
         policy: RetryPolicy | None,
     ) -> None:
@@ -158,6 +163,7 @@ class Cloud:
         self._channel, self._identity, self._tls = channel, identity, tls
         self._stub = BackboneStub(channel)
         self._on_row, self._on_retry, self._policy = on_row, on_retry, policy or RetryPolicy()
+        self._on_send = on_send
         downloads = Downloads(
             self._stub, self._policy, tls=tls, metadata=self._metadata(), on_row=on_row, on_retry=on_retry
         )
@@ -270,6 +276,7 @@ class Cloud:
             share_prefixes=self.card.shared_prefixes,
             on_row=self._step_row,
             on_retry=self._on_retry,
+            on_send=self._on_send,
             policy=self._policy,
             numbers=self._numbers,
         )
@@ -292,16 +299,7 @@ class Cloud:
 
     def usage(self) -> Iterator[pb.RunUsage]:
         """What this tenant has used, run by run, as the cloud bills it; fetched page by page."""
-        reply = pb.UsageReply(more=True)
-        while reply.more:
-            request = pb.UsageRequest(after=reply.runs[-1].run if reply.runs else "")
-            try:
-                reply = self._stub.Usage(request, timeout=PATIENCE_S, metadata=self._metadata())
-            except grpc.RpcError as error:
-                raise error_from_rpc(error) from error
-            if reply.more and (not reply.runs or reply.runs[-1].run <= request.after):
-                raise ProtocolError("The cloud's account of usage goes round in circles.")
-            yield from reply.runs
+        return usage_pages(self._stub, self._metadata())
 
     def _describe(self, wait_s: float) -> None:
         deadline_s = time.monotonic() + wait_s

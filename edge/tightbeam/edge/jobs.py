@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor
 
@@ -73,6 +74,11 @@ class Job:
             yield
         finally:
             self.codec_s += time.perf_counter() - started_s
+
+    def intent(self, run: str) -> dict[str, Any]:
+        """The row that is written before the step leaves: whoever is killed now may be billed for it."""
+        row = {"row": "sent", "run": run, "step": self.step, "kind": KINDS[self.kind]}
+        return row | {"tokens": self.segments.num_tokens, "time_unix_s": time.time()}
 
     def row(self, run: str, exchange: Exchange) -> StepRow:
         """The accounts of the finished step.

@@ -1,14 +1,18 @@
 """`tightbeam train`: connect, load the split model, train the recipe, write the report."""
 
+import contextlib
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from tightbeam.common.config import Recipe
+from tightbeam.common.costs.meter import JsonlLedger
 from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.runs import RunFolder
 from tightbeam.edge.connection import connect
 from tightbeam.edge.progress import Notices, say
 from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
@@ -17,9 +21,11 @@ __all__ = ["run_recipe"]
 
 
 class _Rows:
-    """Collects the accounts of the wire until the training loop asks for them."""
+    """Collects the accounts of the wire until the training loop asks for them; writes what is sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Path) -> None:
+        self._ledger, self._sent = ledger, contextlib.ExitStack()
+        self._append: Callable[[dict[str, Any]], None] | None = None
         self._steps: list[StepRow] = []
         self.others: list[dict[str, Any]] = []
 
@@ -28,6 +34,16 @@ class _Rows:
             self._steps.append(StepRow.from_json(row))
         else:
             self.others.append(row)
+
+    def send(self, row: dict[str, Any]) -> None:
+        """Write that a step leaves."""
+        if self._append is None:  # by the first step the run has its folder
+            self._append = self._sent.enter_context(JsonlLedger(self._ledger)).append
+        self._append(row)
+
+    def close(self) -> None:
+        """Close the ledger."""
+        self._sent.close()
 
     def drain(self) -> Sequence[StepRow]:
         steps, self._steps = self._steps, []
@@ -68,7 +84,7 @@ def _summary(result: TrainResult, *, with_report: bool) -> Iterator[str]:
 
 
 def _load(recipe: Recipe, console: Console) -> LoadedModel:
-    section, rows, notices = recipe.model, _Rows(), Notices(console)
+    section, rows, notices = recipe.model, _Rows(RunFolder(recipe.run_folder).ledger), Notices(console)
     # A new name for every start: steps computed again after a crash are new work, and are billed as such.
     run = f"{recipe.output.name}-{uuid.uuid4().hex[:8]}"
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -87,6 +103,7 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
             fingerprint=section.fingerprint,
             run=run,
             on_row=rows.add,
+            on_send=rows.send,
             on_retry=notices,
             on_download=on_download,
         )
@@ -102,10 +119,15 @@ def _load(recipe: Recipe, console: Console) -> LoadedModel:
         except BaseException:
             cloud.close()
             raise
+
+    def close() -> None:
+        cloud.close()
+        rows.close()
+
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        close=cloud.close,
+        close=close,
         steps=rows,
         name=cloud.card.model,
         fingerprint=cloud.card.fingerprint,

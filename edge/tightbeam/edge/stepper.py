@@ -8,6 +8,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,13 +41,16 @@ class Stepper:
         share_prefixes: bool = False,
         on_row: Callable[[StepRow], None] = lambda row: None,
         on_retry: Callable[[str], None] = print,
+        on_send: Callable[[dict[str, Any]], None] = lambda row: None,
         policy: RetryPolicy | None = None,
         numbers: Iterator[int] | None = None,
     ) -> None:
         self.trunk_dtype = trunk_dtype  # in which the cloud computes
         self.run, self.codecs = run, codecs
         self.taps: Taps | None = None  # asked for with every forward that no backward follows
-        self._carrier = Carrier(open_channel, policy or RetryPolicy(), on_retry)
+        self._carrier = Carrier(
+            open_channel, policy or RetryPolicy(), on_retry, lambda job: on_send(job.intent(run))
+        )
         self.max_tokens_per_step = max_tokens_per_step
         self._share_prefixes = share_prefixes  # where the tokens are known; the cloud must understand it
         self._on_row = on_row

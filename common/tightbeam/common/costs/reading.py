@@ -120,7 +120,7 @@ def read_run(folder: str | Path) -> RunRecords:
             _file(records, row)
             if row["row"] == "eval":
                 records.waited_by_evals += records.steps[settled:]
-            if row["row"] != "step":
+            if row["row"] not in ("step", "sent"):
                 settled = len(records.steps)
         except (TypeError, ValidationError) as error:
             raise DataError(
@@ -148,6 +148,8 @@ def _file(records: RunRecords, row: dict[str, Any]) -> None:
             records.transfers.append(TransferRow.model_validate({"run": run, **row}))
         case "run":
             records.runs.append(RunRow.model_validate(row))
+        case "sent":
+            pass  # its step row follows, or the process was killed
         case other:
             raise TypeError(f"unknown kind {other!r}")
 
