@@ -2,8 +2,8 @@
 
 One cloud on loopback, a random Llama. The honest tenant sends forward and backward of one step after the
 other; blocks of steps alone and beside the attack alternate within one run, so a drifting machine moves both.
-The attacker is a process of its own at the lowest priority: its own arithmetic belongs to another machine. The
-ledger begins with rows of the attacker's, for its questions to go over.
+The attacker is a process of its own at the lowest priority: its own arithmetic belongs to another machine.
+The ledger begins with rows of the attacker's, for its questions to go over.
 
     PYTHONPATH=tests python -m benchmarks.hostile_tenant > hostile.md
 """

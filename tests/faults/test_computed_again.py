@@ -1,5 +1,7 @@
 """A billed step may be computed again for a lost answer: the same step, not another one, and not for ever."""
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -164,3 +166,25 @@ def test_two_at_a_time_are_not_two_for_one(cloud: InProcessCloud, client: Client
     assert (usage.forward_steps, usage.reexecuted_steps) == (1, codes.count("") - 1)
     for channel in channels:
         channel.close()
+
+
+def test_a_tenant_has_two_steps_under_way(
+    cloud: InProcessCloud, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, under_way, most = cloud.service._runner, Counter[str](), Counter[str]()
+    compute = runner._compute
+
+    async def counted(message: Any, session: Any, *rest: Any) -> Any:
+        under_way[session.peer] += 1
+        most[session.peer] = max(most[session.peer], under_way[session.peer])
+        await asyncio.sleep(0.02)
+        under_way[session.peer] -= 1
+        return await compute(message, session, *rest)
+
+    monkeypatch.setattr(runner, "_compute", counted)
+    futures = [client.submit(client.channel, pb.FORWARD, 0, step=step) for step in range(8)]
+    other = cloud.open_channel("other", "1:1", tenant="other")
+    futures.append(client.submit(other, pb.FORWARD, 0))
+    assert all(answer(future.result(timeout=30).reply).numel() for future in futures)
+    assert most == {"insecure/edge": 2, "insecure/other": 1}
+    other.close()

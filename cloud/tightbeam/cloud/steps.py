@@ -4,7 +4,9 @@ Codecs, hashes and the ledger run in a thread pool; the engine's one worker owns
 durable before `StepRunner.run` returns, so before its reply leaves.
 """
 
+import asyncio
 import math
+import weakref
 from collections.abc import Sequence
 from functools import partial
 
@@ -41,6 +43,7 @@ __all__ = ["StepRunner", "receipt"]
 # what a request may carry; a backward brings its inputs along when the cloud lost them
 _TENSORS = {pb.FORWARD: [[HIDDEN]], pb.BACKWARD: [[GRADIENT], [GRADIENT, HIDDEN]]}
 _DECODED_ITEM_BYTES = 4  # codecs compute in float32
+_AT_A_TIME = 2  # steps of one tenant: one on the device, the next one decoding
 _MAX_STEP = 2**63 - 1  # that a ledger holds
 
 
@@ -63,6 +66,7 @@ class StepRunner:
         self._tap_rules = tap_rules
         self._draining = False
         self._repeats = Repeats(ledger, pool)
+        self._slots = weakref.WeakValueDictionary[str, asyncio.Semaphore]()  # by tenant
 
     def drain(self) -> None:
         """Start no more steps."""
@@ -130,34 +134,45 @@ class StepRunner:
         self, message: Message[pb.StepRequest], session: Session, span: range
     ) -> tuple[pb.StepReply, list[Tensor]]:
         """Compute and bill one step; gives the reply and its payloads. Raises what `Engine` raises."""
-        self.require_open()
-        header, pool = message.header, partial(self._pool.run, session.peer)
-        key = session.peer, session.run, header.step, KINDS[header.kind]
+        slots = self._slots.setdefault(session.peer, asyncio.Semaphore(_AT_A_TIME))
+        key = session.peer, session.run, message.header.step, KINDS[message.header.kind]
         with self._repeats.alone(key):
-            digests = [
-                await pool(partial(tensor_sha256, spec, payload))
-                for spec, payload in zip(header.tensors, message.payloads, strict=True)
-            ]
-            # of a backward that does not bring its inputs along, they are known when the held step is found
-            known = header.kind == pb.FORWARD or len(digests) > 1
-            await self._repeats.expect(key, _content(header, session, digests) if known else "")
-            prefixes, segments = SharedPrefixes.read(header), header_segments(header)
-            rows = None if prefixes is None else await pool(partial(prefixes.row_map, segments.positions_N))
-            done = await self._compute(message, session, span, segments, rows, digests[-1])
-            if header.kind == pb.BACKWARD:
-                digests = [digests[0], done.inputs_sha256]
-            coded = await self._encode(header, session, done, rows)
-            payloads = [payload for _, payload in coded]
-            reply = pb.StepReply(
-                step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
-                queue_s=done.queue_s, compute_s=done.compute_s, flops=done.flops,
-            )  # fmt: skip
-            moved = await self._measure(message, session, reply, payloads)
-            entry = _entry(header, session, _content(header, session, digests), done, moved)
-            billed = await self._repeats.bill(entry)
-            if billed.before is not None:
-                reply.billed_before.CopyFrom(receipt(billed.before))
-            return reply, payloads
+            async with slots:
+                self.require_open()
+                return await self._run(message, session, span, key)
+
+    async def _run(
+        self,
+        message: Message[pb.StepRequest],
+        session: Session,
+        span: range,
+        key: tuple[str, str, int, str],
+    ) -> tuple[pb.StepReply, list[Tensor]]:
+        header, pool = message.header, partial(self._pool.run, session.peer)
+        digests = [
+            await pool(partial(tensor_sha256, spec, payload))
+            for spec, payload in zip(header.tensors, message.payloads, strict=True)
+        ]
+        # of a backward that does not bring its inputs along, they are known when the held step is found
+        known = header.kind == pb.FORWARD or len(digests) > 1
+        await self._repeats.expect(key, _content(header, session, digests) if known else "")
+        prefixes, segments = SharedPrefixes.read(header), header_segments(header)
+        rows = None if prefixes is None else await pool(partial(prefixes.row_map, segments.positions_N))
+        done = await self._compute(message, session, span, segments, rows, digests[-1])
+        if header.kind == pb.BACKWARD:
+            digests = [digests[0], done.inputs_sha256]
+        coded = await self._encode(header, session, done, rows)
+        payloads = [payload for _, payload in coded]
+        reply = pb.StepReply(
+            step=header.step, kind=header.kind, tensors=[spec for spec, _ in coded],
+            queue_s=done.queue_s, compute_s=done.compute_s, flops=done.flops,
+        )  # fmt: skip
+        moved = await self._measure(message, session, reply, payloads)
+        entry = _entry(header, session, _content(header, session, digests), done, moved)
+        billed = await self._repeats.bill(entry)
+        if billed.before is not None:
+            reply.billed_before.CopyFrom(receipt(billed.before))
+        return reply, payloads
 
     async def _compute(
         self,
