@@ -34,6 +34,7 @@ from tightbeam.proto import backbone_pb2 as pb
 __all__ = ["BackboneService"]
 
 _MAX_USAGE_RUNS = 100  # named in one question
+_QUESTION_S = 0.2  # at least, each: a page takes a few milliseconds of what steps need
 
 
 class BackboneService:
@@ -126,11 +127,14 @@ class BackboneService:
             with self._call(context) as tenant:
                 if len(request.runs) > _MAX_USAGE_RUNS:
                     raise UsageError(f"Usage of more than {_MAX_USAGE_RUNS} runs was asked at once.")
-                rows = await self._files.run(
-                    tenant, partial(self._ledger.usage, tenant, list(request.runs), after=request.after)
-                )
+                reply = await self._files.run(tenant, partial(self._usage_page, tenant, request))
+                await asyncio.sleep(_QUESTION_S)
         except TightbeamError as error:
             await abort(context, error)
+        return reply
+
+    def _usage_page(self, tenant: str, request: pb.UsageRequest) -> pb.UsageReply:
+        rows = self._ledger.usage(tenant, list(request.runs), after=request.after)
         return pb.UsageReply(runs=[_usage(row) for row in rows], more=len(rows) == USAGE_PAGE)
 
     @contextlib.contextmanager
