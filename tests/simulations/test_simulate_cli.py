@@ -9,6 +9,9 @@ import pytest
 
 from support.commands import run_command
 from support.federations import Playground
+from tightbeam.common.errors import UsageError
+from tightbeam.common.locks import FolderLock
+from tightbeam.simulations.experiment import run_scenario
 
 TEXT = "clients: 2\nrounds: 1\ndata: {source: rows.jsonl}\ncloud: {address: 'localhost:9', insecure: true}\n"
 
@@ -56,6 +59,14 @@ def test_an_error_is_one_line_with_its_cure(
     assert (done.code, done.out) == (code, ""), done.err
     assert said in done.err
     assert "Traceback" not in done.err
+
+
+def test_an_experiment_that_is_at_work_is_left_alone(playground: Playground) -> None:
+    scenario = playground.scenario()
+    with FolderLock(scenario.folder, what="The experiment", cure="Wait."):
+        for resume in (False, True):
+            with pytest.raises(UsageError, match=f"in use by process {os.getpid()} on "):
+                run_scenario(scenario, resume=resume)
 
 
 def test_an_unreachable_cloud_has_its_own_code(tmp_path: Path, playground: Playground) -> None:

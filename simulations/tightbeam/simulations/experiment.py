@@ -20,6 +20,7 @@ from rich.console import Console
 from tightbeam.common.authority import init_certificates
 from tightbeam.common.errors import UsageError
 from tightbeam.common.files import cache_folder
+from tightbeam.common.locks import FolderLock
 from tightbeam.common.runs import atomic_write
 from tightbeam.simulations.demo_inputs import prepare_model
 from tightbeam.simulations.installed import require_accountant, require_flower, require_ray
@@ -65,6 +66,12 @@ def run_scenario(
     if scenario.strategy.privacy is not None:
         require_accountant()
     console = console or Console(stderr=True)
+    cure = "Wait until it ends or stop it, or give this one another output.name."
+    with FolderLock(scenario.folder, what=f"The experiment {scenario.folder}", cure=cure, warn=console.print):
+        return _run(scenario, resume, runtime, shape, console)
+
+
+def _run(scenario: Scenario, resume: bool, runtime: Runtime, shape: bool, console: Console) -> Path:
     folder = scenario.folder
     if not resume:
         require_unused(folder)
