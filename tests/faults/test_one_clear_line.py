@@ -109,7 +109,9 @@ def test_a_cloud_that_is_not_there(setup: Setup) -> None:
 
 
 def test_a_full_disk_while_downloading(setup: Setup) -> None:
-    assert_told(setup.train(max_file_bytes=4096), 1, r"Cannot write .*Free disk space or set TIGHTBEAM_CACHE")
+    assert_told(
+        setup.train(max_file_bytes=4096), 1, r"Cannot write .*Free disk space, or set TIGHTBEAM_CACHE"
+    )
 
 
 def test_a_full_disk_while_checkpointing_loses_nothing(setup: Setup, model: Path) -> None:
