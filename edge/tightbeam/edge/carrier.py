@@ -87,7 +87,7 @@ class Carrier:
         """Send a job and do not wait for its answer; what fails here is raised by `exchange`."""
         if not job.attempts:
             self._on_send(job)
-        job.attempts += 1
+        job.begin_attempt()
         try:
             if self._channel is None:
                 self._channel = self._open_channel()

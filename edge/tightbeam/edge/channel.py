@@ -4,6 +4,7 @@ In-process, gRPC and fault-injecting channels share `Channel`, so the whole edge
 network.
 """
 
+import math
 import queue
 import threading
 import time
@@ -164,6 +165,8 @@ class GrpcChannel:
         pending = self._pending.get((header.step, header.kind))
         if pending is None:
             raise ProtocolError(f"The cloud answered step {header.step}, which nobody asked.")
+        if not all(0 <= seconds < math.inf for seconds in (header.queue_s, header.compute_s)):
+            raise ProtocolError(f"The cloud answered step {header.step} with {header.compute_s} seconds.")
         shapes = [list(spec.shape) for spec in header.tensors]
         taps = [spec.name for spec in header.tensors[1:]]
         num_tokens, width = pending.header.tensors[0].shape

@@ -21,7 +21,7 @@ from tightbeam.common.wire.prefixes import RowMap, SharedPrefixes
 from tightbeam.common.wire.stepping import GRADIENT, HIDDEN, rounding_seed
 from tightbeam.edge.carrier import Carrier, Flight, RetryPolicy
 from tightbeam.edge.channel import Channel, Exchange
-from tightbeam.edge.jobs import Job, finite
+from tightbeam.edge.jobs import Job, finite, judged
 from tightbeam.proto.backbone_pb2 import BACKWARD, FORWARD, StepKind
 
 __all__ = ["Answer", "Inputs", "Stepper"]
@@ -149,7 +149,7 @@ class Stepper:
                 tap_NP = exchange.reply.tensor(name)
                 if tap_NP.shape[1] != self.taps.size:
                     raise ProtocolError(f"The cloud answered with a tap of {tap_NP.shape[1]} elements.")
-                yield Answer.of(tap_NP, exchange, name)
+                yield Answer.of(judged(tap_NP, job.step), exchange, name)
 
     def _forward_job(self, segments: Segments, keep: bool, purpose: Purpose) -> Job:
         if segments.num_tokens > self.max_tokens_per_step:
@@ -185,7 +185,7 @@ class Stepper:
         with job.coding():
             tensor_ND = exchange.reply.tensor(result)
         self._on_row(job.row(self.run, exchange))
-        return tensor_ND
+        return judged(tensor_ND, job.step)
 
 
 @dataclass(frozen=True, slots=True)

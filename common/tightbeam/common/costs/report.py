@@ -160,6 +160,7 @@ def _quantities(edge: Edge) -> list[tuple[str, str, float]]:
         ("edge_flops", "flop", edge.edge_flops),
         ("peak_memory", "bytes", edge.peak_memory_bytes),
         ("resent", "bytes", edge.resent_bytes),
+        ("disputed", "bytes", edge.disputed_bytes),
     ]
     for kind, moved in edge.traffic.items():
         lines += [(f"{kind}_{name.removesuffix('_bytes')}", "bytes", n) for name, n in asdict(moved).items()]

@@ -54,6 +54,7 @@ class StepRow:
     cloud_queue_s: float = 0.0
     cloud_compute_s: float = 0.0
     resent_bytes: int = 0  # wire bytes of failed attempts, both directions
+    disputed_bytes: int = 0  # edge: wire bytes of a receipt that this edge's own count contradicts
     attempts: int = 1
     time_unix_s: float = 0.0
     purpose: Purpose = ""

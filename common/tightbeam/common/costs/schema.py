@@ -136,6 +136,8 @@ class Edge(_Model):
     """By kind, see `KINDS`; transfers beside the steps have wire bytes only."""
     resent_bytes: int
     """Wire bytes of failed attempts and of steps executed again; not billed."""
+    disputed_bytes: int = 0
+    """Wire bytes by receipts of the cloud that this edge's own count contradicts; in no other figure."""
     edge_flops: int
     cloud_flops: dict[str, int]
     """Billed operations by kind of step."""

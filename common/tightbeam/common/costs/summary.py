@@ -119,6 +119,7 @@ def _edge(record: RunRecords, name: str, grid: "_Grid", table: Prices | None) ->
         sequences=sum(row.segments for kind in by_kind if kind != "backward" for row in by_kind[kind]),
         traffic=traffic,
         resent_bytes=sum(row.resent_bytes for row in record.steps),
+        disputed_bytes=sum(row.disputed_bytes for row in record.steps),
         edge_flops=sum(row.edge_flops for row in record.optimizer_steps),
         cloud_flops={kind: sum(row.cloud_flops for row in rows) for kind, rows in by_kind.items()},
         seconds=seconds,

@@ -88,6 +88,12 @@ def sum_lines(costs: Costs) -> list[str]:
         f"Energy, estimated: edge {joules_text(total.energy.edge_joules)}, "
         f"cloud {joules_text(total.energy.cloud_joules)} ({watts_of(costs)}).",
     ]
+    lines += [
+        f"In dispute: the cloud's receipts for {edge.name} name {bytes_text(edge.disputed_bytes)} for steps "
+        "that moved other bytes by the edge's own count, which is the one above."
+        for edge in costs.edges
+        if edge.disputed_bytes
+    ]
     jobs = jobs_of(costs)
     for job in jobs:
         whom = f" ({', '.join(job[0].edges)})" if len(jobs) > 1 else ""

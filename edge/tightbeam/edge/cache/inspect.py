@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tightbeam.common.errors import IntegrityError
+from tightbeam.edge.cache.rows import entry_is_sound
 from tightbeam.edge.cache.shards import Shard, read_header
 from tightbeam.edge.cache.store import lock_cache, open_keys, read_facts, shard_paths
 
@@ -69,7 +70,7 @@ def inspect_cache(folder: Path) -> CacheInfo:
 
 
 def verify_cache(folder: Path, secret: bytes | None) -> tuple[int, list[str]]:
-    """Decrypt every entry; gives the number of good ones and a line per damaged shard or entry.
+    """Open and judge every entry; gives the number of good ones and a line per damaged shard or entry.
 
     Raises:
         IdentityError: The folder is sealed otherwise.
@@ -89,8 +90,10 @@ def verify_cache(folder: Path, secret: bytes | None) -> tuple[int, list[str]]:
             with shard:
                 for name in shard:
                     try:
-                        shard.read(name)
-                        good += 1
+                        sound = entry_is_sound(shard.scope, shard.read(name))
+                        if not sound:
+                            problems.append(f"The entry {name} of {path.name} holds NaN or Inf.")
+                        good += sound
                     except IntegrityError as error:
                         problems.append(error.message)
     finally:

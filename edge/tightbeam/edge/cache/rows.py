@@ -12,8 +12,9 @@ from torch import Tensor
 
 from tightbeam.common.errors import CodecError
 from tightbeam.common.wire.codecs import codec, lossless
+from tightbeam.edge.cache.keys import Scope
 
-__all__ = ["pack_entry", "storage_codec", "unpack_entry"]
+__all__ = ["entry_is_sound", "pack_entry", "storage_codec", "unpack_entry"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,6 +41,33 @@ def unpack_entry(wire_codec: str, entry: bytes, num_tokens: int, width: int) -> 
     dtype = _DTYPES[entry[0]]
     rows = torch.frombuffer(bytearray(entry[1:]), dtype=torch.uint8)
     return codec(storage_codec(wire_codec, dtype, width)).decode(rows, (num_tokens, width), dtype)
+
+
+def entry_is_sound(scope: Scope, entry: bytes) -> bool:
+    """Whether an entry holds no NaN or Inf, in its hidden states or its taps.
+
+    Cut activations, which mode `side` keeps beside its answers, came from no cloud and count as sound.
+    """
+    parts, widths = [entry], [scope.hidden_size]
+    if scope.taps:
+        parts, offset = [], 0
+        while offset < len(entry):
+            size = int.from_bytes(entry[offset : offset + 4], "little")
+            parts.append(entry[offset + 4 : offset + 4 + size])
+            offset += 4 + size
+        widths += [int(scope.taps[0].rpartition(" ")[2])] * (len(scope.taps) - 1)
+        if offset != len(entry) or len(parts) != len(widths):
+            return True
+    for part, width in zip(parts, widths, strict=True):
+        if not part or part[0] >= len(_DTYPES):
+            return True
+        row_bytes = codec(storage_codec(scope.codec_down, _DTYPES[part[0]], width)).num_bytes((1, width))
+        num_tokens, rest = divmod(len(part) - 1, row_bytes)
+        if rest:
+            return True
+        if not bool(unpack_entry(scope.codec_down, part, num_tokens, width).isfinite().all()):
+            return False
+    return True
 
 
 def _cut(name: str, payload: Tensor, tokens: int, width: int, start: int, stop: int) -> Tensor:

@@ -105,6 +105,12 @@ class Shard:
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
+    @property
+    def scope(self) -> Scope:
+        """What its entries are of."""
+        facts = json.loads(self.facts["scope"])
+        return Scope(**(facts | {"taps": tuple(facts["taps"])}))
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from tightbeam.common.backbone import Packer, Segments, SegmentTable, dissect
 from tightbeam.common.costs.rows import Purpose
-from tightbeam.common.errors import UsageError
+from tightbeam.common.errors import CodecError, UsageError
 from tightbeam.edge.cache.keys import Scope, sample_digest
 from tightbeam.edge.cache.rows import pack_entry, unpack_entry
 from tightbeam.edge.cache.store import ActivationCache
@@ -277,10 +277,16 @@ class TrunkShortcut:
         return Lookup(segments, ids_N, digests, held)
 
     def _read(self, digest: bytes, num_tokens: int) -> Tensor | None:
-        payload = None if self.cache is None else self.cache.get(digest)
-        if payload is None:
-            return None
-        return self.unpack(payload, num_tokens).to(self._dtype)
+        while self.cache is not None and (payload := self.cache.get(digest)) is not None:
+            try:
+                rows = self.unpack(payload, num_tokens)
+            except CodecError:
+                rows = None
+            if rows is not None and bool(rows.isfinite().all()):
+                return rows.to(self._dtype)
+            if not self.cache.discard(digest):  # an older version kept whatever a cloud answered
+                break
+        return None
 
 
 def add_noise(rows_MD: Tensor, noise: float) -> Tensor:

@@ -116,6 +116,15 @@ class ActivationCache:
                 self._warn(f"{error.message} Its sample is fetched again.")
         return None
 
+    def discard(self, digest: bytes) -> bool:
+        """Leave an entry that makes no sense unread from now on; False for one that is not on disk yet."""
+        name = self._keys.name(self.scope, digest)
+        if name in self._open:
+            return False
+        self._forget(name)
+        self._warn(f"Cache {self.folder}: the entry {name} is damaged. Its sample is fetched again.")
+        return True
+
     def put_all(self, entries: Iterable[tuple[bytes, bytes]]) -> None:
         """Keep the payloads of samples that crossed together; what a kill takes of them, it takes of all."""
         for digest, payload in entries:
