@@ -23,6 +23,7 @@ from tightbeam.common.errors import (
     ProtocolError,
     StepTooLargeError,
     TightbeamError,
+    UsageError,
 )
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.messages import encode_tensor, seal_message, sealed_sizes
@@ -258,4 +259,26 @@ def test_what_an_error_of_grpc_means(
 def test_an_error_of_ours_crosses_grpc_whole() -> None:
     sent = StepTooLargeError("A step of 9 | tokens\nis too large.", cure="Use fewer.")
     meant = error_from_rpc(_RpcError(grpc.StatusCode.INVALID_ARGUMENT, status_details(sent)))
-    assert (type(meant), meant.message, meant.cure) == (StepTooLargeError, sent.message, sent.cure)
+    assert (type(meant), meant.message, meant.cure) == (
+        StepTooLargeError,
+        "A step of 9 | tokens is too large.",
+        sent.cure,
+    )
+
+
+def test_a_peers_words_move_no_terminal() -> None:
+    """Neither in an error of ours nor in one of gRPC."""
+    for details in (status_details(UsageError("\x1b[2J\x07gone", cure="run\r\x1b]8;;x\x07")), "\x1b[31mred"):
+        meant = error_from_rpc(_RpcError(grpc.StatusCode.UNAVAILABLE, details))
+        assert str(meant).isprintable()
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+def test_an_answer_that_took_no_time_that_there_is(seconds: float) -> None:
+    def answer(sealer: Sealer) -> list[bytes]:
+        spec, payload = encode_tensor("hidden", torch.zeros(5, 32), "fp32")
+        reply = StepReply(step=1, kind=FORWARD, tensors=[spec], compute_s=seconds)
+        return list(seal_message(reply.SerializeToString(), [payload], sealer))
+
+    with _lying_cloud(answer) as channel, pytest.raises(ProtocolError, match="seconds"):
+        _ask(channel)

@@ -202,7 +202,13 @@ def test_a_weight_blob_that_is_no_safetensors(tmp_path: Path) -> None:
 def _card(**changes: object) -> Card:
     from tightbeam.common.backbone import fingerprint
 
-    card = Card(config_json="{}", blobs=[_blob()], fingerprint=fingerprint({}, {"block.0": _blob().sha256}))
+    card = Card(
+        config_json="{}",
+        num_blocks=6,
+        hidden_size=32,
+        blobs=[_blob()],
+        fingerprint=fingerprint({}, {"block.0": _blob().sha256}),
+    )
     card.MergeFrom(Card(**changes))  # type: ignore[arg-type]  # the stubs want one type for each name
     return card
 

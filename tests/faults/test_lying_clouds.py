@@ -73,8 +73,8 @@ def _forward(cloud: InProcessCloud, run: str, lie: Lie, *faults: Fault) -> StepR
 
     policy = RetryPolicy(first_wait_s=0.0)
     stepper = Stepper(
-        run, open_channel, Codecs.model_validate("fp32"), max_tokens_per_step=99, on_row=rows.append,
-        on_retry=lambda line: None, policy=policy,
+        run, open_channel, Codecs.model_validate("fp32"), trunk_dtype="float32", max_tokens_per_step=99,
+        on_row=rows.append, on_retry=lambda line: None, policy=policy,
     )  # fmt: skip
     stepper.forward(torch.ones(5, 16), Segments((5,), torch.arange(5)), keep=True)
     stepper.close()

@@ -42,6 +42,16 @@ def test_what_the_cloud_can_see_is_said_in_bold_here_and_in_the_security_page() 
     here, there = (" ".join(found[0].split()) for found in bold)
     assert here == there
     assert "not from the worker's operator" in here
+    assert "answers that a chat teaches are input tokens too" in here
+
+
+def test_no_page_says_that_labels_stay_where_answers_are_input_tokens() -> None:
+    """SECURITY.md says of which labels it is true."""
+    for page in PAGES:
+        text = " ".join(page.read_text(encoding="utf-8").split())
+        assert not re.search(
+            r"[Ll]abels,? (and|or) adapters? |files, labels|data, labels|no label ever", text
+        ), page
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

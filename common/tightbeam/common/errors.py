@@ -59,6 +59,7 @@ __all__ = [
     "UsageError",
     "WireError",
     "error_from_code",
+    "printable",
     "reason",
 ]
 
@@ -233,7 +234,12 @@ _BY_CODE = {error.code: error for error in _tree(TightbeamError)}
 
 def error_from_code(code: str, message: str, cure: str = "") -> TightbeamError:
     """Rebuild the error that a peer named by `code`; an unknown code gives a plain `TightbeamError`."""
-    return _BY_CODE.get(code, TightbeamError)(message, cure=cure)
+    return _BY_CODE.get(code, TightbeamError)(printable(message), cure=printable(cure))
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """A peer's text as it may be printed: one line, and nothing that a terminal obeys."""
+    return "".join(letter if letter.isprintable() else " " for letter in text[:limit])
 
 
 def reason(error: Exception) -> str:

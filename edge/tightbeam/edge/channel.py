@@ -26,6 +26,7 @@ from tightbeam.common.errors import (
     IntegrityError,
     ProtocolError,
     TightbeamError,
+    printable,
 )
 from tightbeam.common.wire.handshake import Session
 from tightbeam.common.wire.lines import PATIENCE_S
@@ -213,6 +214,7 @@ def error_from_rpc(error: grpc.RpcError) -> TightbeamError:
     code, details = error.code(), error.details() or ""
     if (ours := error_from_details(details)) is not None:
         return ours
+    details = printable(details)
     if "Hostname Verification" in details:
         return IdentityError(
             "The cloud's certificate is not for the host name in its address.",

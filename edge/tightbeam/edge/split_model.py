@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from tightbeam.common.backbone import Cut, VaryingRope, build_skeleton, config_from_dict, dissect, fill
-from tightbeam.common.errors import UnsupportedModelError
+from tightbeam.common.errors import ProtocolError, UnsupportedModelError
 from tightbeam.edge.adapter_names import NamesLayers, refuse_saving
 from tightbeam.edge.calls import watch_calls
 from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
@@ -38,13 +38,19 @@ def build_split_model(
     config = config_from_dict(json.loads(card.config_json))
     model = build_skeleton(config, dtype)
     anatomy = dissect(model)
+    if len(anatomy.blocks) != card.num_blocks:
+        raise ProtocolError(f"The cloud's card says {card.num_blocks} blocks, its config otherwise.")
     span = cut.trunk(card.num_blocks)
     kinds = getattr(model.config, "layer_types", None) or [None] * card.num_blocks
     if local_path is not None:  # names all of a checkpoint's tensors, so the model must still be whole
         load = local_source(local_path, card, model, anatomy)
     else:
         held = {f"block.{i}" for i in range(card.num_blocks) if i not in span} | {"embedding", "head", "rest"}
-        load = store.source([blob for blob in card.blobs if blob.name in held])
+        blobs = [blob for blob in card.blobs if blob.name in held]
+        most = 8 * sum(tensor.numel() for tensor in model.state_dict().values()) + (len(blobs) << 20)
+        if sum(blob.num_bytes for blob in blobs) > most:  # bytes a number, and a header a blob
+            raise ProtocolError("The cloud's card names more bytes of weights than the model has room for.")
+        load = store.source(blobs)
     trunk = RemoteTrunk(stepper, model.config, kinds[span[0]])
     for index in span:
         anatomy.blocks[index] = trunk if index == span[0] else PassThrough(kinds[index])

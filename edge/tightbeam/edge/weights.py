@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tightbeam.common.backbone import PROJECTION_BLOB, Anatomy, fingerprint, open_checkpoint
+from tightbeam.common.backbone.bounds import MAX_BLOCKS, MAX_WIDTH
 from tightbeam.common.backbone.checkpoint import AUXILIARY_FILES
 from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
 from tightbeam.common.locks import lock_file
@@ -31,6 +32,8 @@ __all__ = ["BlobStore", "WeightSource", "check_card", "local_source"]
 
 _NO_WEIGHTS = ("file/", PROJECTION_BLOB)  # blobs that the fingerprint does not cover
 _ONE_DOWNLOAD = threading.Lock()  # within a process; between processes, partial files have their own names
+_TEXT = 500  # letters
+_FILE_BYTES = 256 << 20
 _ELSEWHERE = "Free disk space, or set TIGHTBEAM_CACHE to a folder elsewhere."
 Fetch = Callable[[Blob, int], Iterator[bytes]]  # blob, offset -> pieces
 Progress = Callable[[str, int, int], None]  # name, bytes done, bytes in all
@@ -42,6 +45,13 @@ def check_card(card: Card) -> None:
 
     Otherwise the weights are not those.
     """
+    texts = [card.model, card.version, card.dtype, card.fingerprint, *(blob.name for blob in card.blobs)]
+    if not all(text.isprintable() and len(text) <= _TEXT for text in texts):
+        raise ProtocolError("The cloud's card holds text that cannot be printed, or too much of it.")
+    if not (1 <= card.num_blocks <= MAX_BLOCKS and 1 <= card.hidden_size <= MAX_WIDTH):
+        raise ProtocolError(f"The cloud serves {card.num_blocks} blocks of width {card.hidden_size}.")
+    if any(blob.num_bytes > _FILE_BYTES for blob in card.blobs if blob.name.startswith("file/")):
+        raise ProtocolError("The cloud's card names a tokenizer or config file of more than 256 MB.")
     if not all(re.fullmatch("[0-9a-f]{64}", blob.sha256) for blob in card.blobs):
         raise ProtocolError(
             "The cloud names weights by something else than SHA-256."
@@ -51,6 +61,8 @@ def check_card(card: Card) -> None:
         config = json.loads(card.config_json)
     except ValueError as error:
         raise ProtocolError("The cloud's model config is not JSON.") from error
+    if not isinstance(config, dict):
+        raise ProtocolError("The cloud's model config is no mapping.")
     if fingerprint(config, weights) != card.fingerprint:
         raise FingerprintError(
             "The cloud's list of weights does not have the fingerprint that it announces.",

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from tightbeam.common.errors import TightbeamError, UnsupportedModelError
+from tightbeam.common.errors import TightbeamError, UnsupportedModelError, printable
 
 __all__ = ["FAMILIES", "REFUSED", "Anatomy", "check_family", "dissect", "refusing"]
 
@@ -84,8 +84,9 @@ def refusing(model_type: str) -> Iterator[None]:
     except (TightbeamError, OSError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a stranger's code: there is no list of what it may raise
+        what = f"{type(error).__name__}: {printable(str(error), 200)}"
         raise UnsupportedModelError(
-            f"Models of type {model_type!r} cannot be cut ({type(error).__name__}: {str(error)[:200]}).",
+            f"Models of type {model_type!r} cannot be cut ({what}).",
             cure=_CURE,
         ) from error
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from tightbeam.common.backbone.bounds import judged_config
 from tightbeam.common.backbone.families import check_family, refusing
 from tightbeam.common.errors import UnsupportedModelError
 
@@ -20,14 +21,14 @@ __all__ = ["build_skeleton", "config_from_dict", "fill"]
 
 def config_from_dict(values: Mapping[str, Any]) -> PretrainedConfig:
     """The config class of `model_type`; unknown types are refused by name."""
-    rest = dict(values)
+    rest = judged_config(values)
     model_type = rest.pop("model_type", None)
-    try:
-        config = AutoConfig.for_model(model_type, **rest)
-    except ValueError as error:
+    if model_type not in CONFIG_MAPPING.keys():  # noqa: SIM118 - not a dict
         raise UnsupportedModelError(
             f"This transformers does not know models of type {model_type!r}.", cure="Upgrade transformers."
-        ) from error
+        )
+    with refusing(model_type):
+        config = AutoConfig.for_model(model_type, **rest)
     check_family(config)
     return config
 
@@ -39,7 +40,7 @@ def build_skeleton(
     check_family(config)
     with refusing(config.model_type), _EmptyOnMeta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
-            config, dtype=None, attn_implementation=attention
+            config, dtype=None, attn_implementation=attention, trust_remote_code=False
         )
     model.config.dtype = dtype
     for module in model.modules():
