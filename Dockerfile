@@ -15,6 +15,7 @@ COPY cli cli
 COPY cloud cloud
 COPY common common
 COPY edge edge
+COPY federation federation
 COPY proto proto
 COPY simulations simulations
 RUN python -m pip install --no-cache-dir -c constraints.txt .

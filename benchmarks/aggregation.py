@@ -13,7 +13,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from tightbeam.common.federation import AGGREGATORS, Aggregate, Update, aggregator_named
+from tightbeam.federation.math import AGGREGATORS, Aggregate, Update, aggregator_named
 
 LAYERS, OUT, IN = 60, 576, 576
 RANKS = [4, 8, 16]

@@ -28,11 +28,11 @@ from benchmarks.serving import chats, cloud_process, fitting, insecure_recipe
 from rich.console import Console
 
 from support.counting_proxy import CountingProxy
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.files import cache_folder
-from tightbeam.edge.run import run_recipe
-from tightbeam.edge.stepper import Stepper
+from tightbeam.edge.link.stepper import Stepper
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.run import run_recipe
 from tightbeam.simulations.demo_inputs import prepare_model
 
 BASELINE = "ushape-bf16"

@@ -28,11 +28,11 @@ from benchmarks.serving import chats, cloud_process, fitting, insecure_recipe
 from rich.console import Console
 from transformers import AutoTokenizer
 
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.files import cache_folder
 from tightbeam.edge.data import Example, load_examples
-from tightbeam.edge.packed_rows import PackedRows
-from tightbeam.edge.run import run_recipe
+from tightbeam.edge.model.packed_rows import PackedRows
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.run import run_recipe
 from tightbeam.simulations.demo_inputs import prepare_model
 
 BATCH = 8

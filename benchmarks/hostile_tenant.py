@@ -36,7 +36,7 @@ from tightbeam.cloud.ledger_store import STEPS, Store
 from tightbeam.common.backbone import Segments
 from tightbeam.common.errors import TightbeamError
 from tightbeam.edge import connect
-from tightbeam.edge.stepper import Stepper
+from tightbeam.edge.link.stepper import Stepper
 from tightbeam.proto import backbone_pb2 as pb
 
 HIDDEN, TOKENS = 128, 128

@@ -4,7 +4,7 @@ SmolLM2-135M, cut 4:4 (adapters on all linears of the first and last four blocks
 and 16, three of each, on the Jargon File (`jargon.py`). Its training entries are put into twelve topics by
 their words and dealt out by Dirichlet(0.3) over the topics, so clients differ in topics and sizes. Each of
 the rounds every client starts from the global adapter at its own rank and takes a few AdamW steps; then the
-aggregators of `tightbeam.common.federation` combine them, weighted by examples.
+aggregators of `tightbeam.federation.math` combine them, weighted by examples.
 
     PYTHONPATH=common:simulations python benchmarks/mixed_ranks.py --model FOLDER --data FOLDER \
         --strategies flora-principal,zeropad --seeds 0,1,2
@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from tightbeam.common.federation import (
+from tightbeam.federation.math import (
     Aggregate,
     LoraAdapter,
     Update,

@@ -19,8 +19,8 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from flwr.common.secure_aggregation.secaggplus_utils import pseudo_rand_gen
 
-from tightbeam.common.federation.secagg import FixedPoint, Plan, SecAggClient, SecAggServer
-from tightbeam.common.federation.secagg.masks import add_mask, ring_dtype
+from tightbeam.federation.secagg import FixedPoint, Plan, SecAggClient, SecAggServer
+from tightbeam.federation.secagg.masks import add_mask, ring_dtype
 
 VALUES = 1_000_000
 ROUNDS = 15

@@ -19,14 +19,14 @@ import numpy as np
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from tightbeam.common.authority import init_certificates
-from tightbeam.common.identity import load_identity
-from tightbeam.simulations.apps.participant import Client
-from tightbeam.simulations.apps.secure import SecureRounds, SecureTask, answer_step
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.global_adapter import to_record
-from tightbeam.simulations.grid import Exchange, InProcessGrid
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+from tightbeam.common.identity.authority import init_certificates
+from tightbeam.common.identity.identities import load_identity
+from tightbeam.federation.client.participant import Client
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.grid import Exchange, InProcessGrid
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.server.global_adapter import to_record
+from tightbeam.federation.server.secure import SecureRounds, SecureTask, answer_step
 
 VALUES = 1_000_000
 WEIGHT = 100

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tightbeam.common.config import Recipe, recipe_from_mapping
 from tightbeam.common.files import cache_folder
+from tightbeam.edge.recipe import Recipe, recipe_from_mapping
 from tightbeam.simulations.demo_inputs import prepare_texts
 
 __all__ = ["PROJECTION_TEXT", "chats", "cloud_process", "fitting", "insecure_recipe"]

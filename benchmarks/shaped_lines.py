@@ -18,10 +18,10 @@ from typing import Any
 
 from rich.console import Console
 
-from tightbeam.common.costs.meter import read_ledger
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.federation.profiles import NETWORKS
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.simulations.experiment import run_scenario
-from tightbeam.simulations.profiles import NETWORKS
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
 _TEXT = "The bytes of this text cross a line of known bandwidth, there and back again. "
 

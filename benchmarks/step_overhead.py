@@ -26,7 +26,7 @@ from benchmarks.serving import cloud_process
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from tightbeam.common.identity import init_certificates
+from tightbeam.common.identity.identities import init_certificates
 from tightbeam.edge import connect
 
 SHAPES = ((8, 128), (1, 128))  # batch, tokens

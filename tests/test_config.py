@@ -6,7 +6,11 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
-from tightbeam.common.config import (
+from tightbeam.common.errors import RecipeError
+from tightbeam.common.settings.messages import did_you_mean, known_keys
+from tightbeam.common.settings.yaml_text import key_lines, parse_mapping, parse_value
+from tightbeam.common.wire.codecs import CODECS
+from tightbeam.edge.recipe import (
     AdapterSection,
     CodecName,
     Codecs,
@@ -18,10 +22,6 @@ from tightbeam.common.config import (
     load_recipe,
     recipe_from_mapping,
 )
-from tightbeam.common.config_errors import did_you_mean, known_keys
-from tightbeam.common.config_yaml import key_lines, parse_mapping, parse_value
-from tightbeam.common.errors import RecipeError
-from tightbeam.common.wire.codecs import CODECS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tightbeam.common.config import recipe_from_mapping
 from tightbeam.common.errors import TightbeamError, UsageError
+from tightbeam.edge.recipe import recipe_from_mapping
+from tightbeam.federation.runtimes.processes import Children, signals_as_exit
 from tightbeam.simulations.averaging import average_adapters, weighted_mean
 from tightbeam.simulations.demo import CUT, demo_recipe, run_demo
 from tightbeam.simulations.demo_inputs import EdgeTexts
-from tightbeam.simulations.processes import Children, signals_as_exit
 
 SLEEP = "import time; time.sleep(60)"
 DEAF = (
@@ -26,7 +26,7 @@ DEAF = (
 PARENT = """
 import signal, sys, time
 from pathlib import Path
-from tightbeam.simulations.processes import Children, signals_as_exit
+from tightbeam.federation.runtimes.processes import Children, signals_as_exit
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests started in the background ignore it
 with signals_as_exit(), Children(Path(sys.argv[1])) as children:
     child = children.start("child", [sys.executable, "-c", "import time; time.sleep(60)"])

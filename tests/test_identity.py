@@ -19,9 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightbeam.common.certificates import holder_uri
 from tightbeam.common.errors import IdentityError
-from tightbeam.common.identity import (
+from tightbeam.common.identity.certificates import holder_uri
+from tightbeam.common.identity.identities import (
     CLOUD_NAMES,
     Identity,
     Role,

@@ -11,8 +11,8 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 from cryptography.x509 import DNSName, SubjectAlternativeName, load_pem_x509_certificate
 
 from tightbeam.common.errors import IdentityError
-from tightbeam.common.identity import load_identity
-from tightbeam.common.node_keys import init_federation, init_node_keys
+from tightbeam.common.identity.identities import load_identity
+from tightbeam.common.identity.node_keys import init_federation, init_node_keys
 
 CLIENTS = ("clinic", "lab")
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from support.small_files import largest_file
-from tightbeam.common.config import Recipe, recipe_from_mapping
 from tightbeam.common.errors import RecipeError, TightbeamError, UsageError
-from tightbeam.common.runs import MetricsFile, RunFolder, atomic_write, write_failed
+from tightbeam.common.files import atomic_write, write_failed
+from tightbeam.edge.recipe import Recipe, recipe_from_mapping
+from tightbeam.edge.training.folder import MetricsFile, RunFolder
 
 
 def _recipe(folder: Path, **train: object) -> Recipe:

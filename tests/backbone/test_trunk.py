@@ -9,7 +9,7 @@ from torch import Tensor
 from support.in_process import InProcessCloud
 from support.tiny import TINY, tiny_model
 from tightbeam.common.backbone import PackedTrunk, Segments, Trunk
-from tightbeam.edge.remote_trunk import through_cloud
+from tightbeam.edge.model.remote_trunk import through_cloud
 
 _SPAN = range(1, 4)
 

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from support.caches import SCOPE, SECRET, digest, filled, opened, payload
 from tightbeam.cli.app import app
 from tightbeam.common.errors import IdentityError, UsageError
-from tightbeam.common.identity import init_certificates, load_identity
+from tightbeam.common.identity.identities import init_certificates, load_identity
 from tightbeam.edge.cache import clear_cache, identity_secret, inspect_cache, verify_cache
 from tightbeam.edge.cache.store import shard_paths
 

@@ -17,8 +17,8 @@ from support.tiny import TINY, tiny_model
 from tightbeam.cloud.backbone import load_backbone
 from tightbeam.cloud.engine import Done
 from tightbeam.cloud.projections import ProjectionOptions
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.backbone import CutPolicy, PackedTrunk, Projection, Segments, Taps
-from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import (
     FingerprintError,
     ProtocolError,
@@ -29,8 +29,8 @@ from tightbeam.common.errors import (
 )
 from tightbeam.common.wire.messages import encode_tensor
 from tightbeam.edge import connect
-from tightbeam.edge.stepper import Answer
-from tightbeam.edge.weights import check_card
+from tightbeam.edge.link.stepper import Answer
+from tightbeam.edge.model.weights import check_card
 from tightbeam.proto import backbone_pb2 as pb
 
 TEXT = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 40

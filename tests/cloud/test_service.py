@@ -23,7 +23,7 @@ from tightbeam.common.errors import (
     StepTooLargeError,
     TightbeamError,
 )
-from tightbeam.common.identity import ephemeral_identity
+from tightbeam.common.identity.identities import ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake
 from tightbeam.common.wire.messages import encode_tensor
 from tightbeam.common.wire.status import error_from_details

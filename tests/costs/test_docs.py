@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tightbeam.cloud.ledger_store import STEPS
-from tightbeam.common.costs import Prices
-from tightbeam.common.costs.schema import (
+from tightbeam.common.accounts.prices import Prices
+from tightbeam.edge.report.schema import (
     KINDS,
     SCHEMA,
     BillLine,

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from support.tiny import tiny_model
-from tightbeam.common.costs.flops import EdgeFlops, TrunkFlops, attention_width, linear_params
+from tightbeam.common.accounts.flops import EdgeFlops, TrunkFlops, attention_width, linear_params
 from tightbeam.common.errors import UnsupportedModelError
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support.counting_proxy import CountingProxy
-from tightbeam.common.costs import wire_bytes
+from tightbeam.common.accounts.framing import wire_bytes
 
 MIB = 1 << 20
 METHOD = "/test.Echo/Echo"

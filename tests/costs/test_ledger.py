@@ -19,7 +19,7 @@ from sqlalchemy.schema import CreateTable
 from support.postgres import postgres_url
 from tightbeam.cloud.ledger import Billed, Ledger, LedgerEntry, _is, _values
 from tightbeam.cloud.ledger_store import RUNS, STEPS, sums_of_steps
-from tightbeam.common.costs import StepBytes
+from tightbeam.common.accounts.rows import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, LedgerError, StepConflictError, UsageError
 
 BYTES = StepBytes(
@@ -280,7 +280,7 @@ def test_postgresql_can_read_every_statement() -> None:
 WRITER = """
 import sys
 from tightbeam.cloud.ledger import Ledger, LedgerEntry
-from tightbeam.common.costs import StepBytes
+from tightbeam.common.accounts.rows import StepBytes
 ledger, step = Ledger(sys.argv[1]), int(sys.argv[2])
 while True:
     step += 1

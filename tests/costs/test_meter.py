@@ -9,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tightbeam.common.costs import (
-    JsonlLedger,
-    StepBytes,
-    StepMeter,
-    StepRow,
-    peak_memory_bytes,
-    read_ledger,
-)
+from tightbeam.common.accounts.rows import StepBytes, StepRow
 from tightbeam.common.errors import DataError
+from tightbeam.edge.report.meter import JsonlLedger, StepMeter, peak_memory_bytes, read_ledger
 
 
 def test_seconds_go_to_their_phase() -> None:
@@ -81,7 +75,7 @@ def test_rows_survive_json() -> None:
 
 def test_peak_memory_sees_an_allocation_and_keeps_it() -> None:
     code = (
-        "from tightbeam.common.costs import peak_memory_bytes as peak\n"
+        "from tightbeam.edge.report.meter import peak_memory_bytes as peak\n"
         "before = peak(); block = bytearray(b'x') * 80_000_000; during = peak(); del block\n"
         "print(before, during, peak())"
     )
@@ -94,7 +88,7 @@ def test_peak_memory_sees_an_allocation_and_keeps_it() -> None:
 def test_peak_memory_is_this_process_not_its_parent() -> None:
     """A small child of a large process must not report the parent's peak."""
     block = bytearray(b"x") * 300_000_000
-    code = "from tightbeam.common.costs import peak_memory_bytes as peak; print(peak())"
+    code = "from tightbeam.edge.report.meter import peak_memory_bytes as peak; print(peak())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert len(block) == 300_000_000
     assert int(done.stdout) < 300_000_000 < peak_memory_bytes()

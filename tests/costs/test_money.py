@@ -16,18 +16,18 @@ from support.edge_runs import quiet, tiny_recipe
 from support.fake_run import fake_run
 from support.in_process import InProcessCloud
 from tightbeam.cli.app import app
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs import Prices, read_ledger
-from tightbeam.common.costs.prices import ASSUMED, CLOUD, TABLE
-from tightbeam.common.costs.report import to_html
-from tightbeam.common.costs.schema import Costs
-from tightbeam.common.costs.summary import summarise
+from tightbeam.common.accounts.prices import ASSUMED, CLOUD, TABLE, Prices
 from tightbeam.common.errors import DataError, IdentityError, ProtocolError, UsageError
-from tightbeam.common.identity import ephemeral_identity
+from tightbeam.common.identity.identities import ephemeral_identity
 from tightbeam.common.wire.handshake import verify_bundle
 from tightbeam.edge import connect
-from tightbeam.edge.offer import asked_by
-from tightbeam.edge.run import run_recipe
+from tightbeam.edge.link.offer import asked_by
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.report.report import to_html
+from tightbeam.edge.report.schema import Costs
+from tightbeam.edge.report.summary import summarise
+from tightbeam.edge.training.run import run_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
 LIST: dict[str, Any] = {"currency": "EUR", "per_gigabyte": 1000.0, "per_petaflop": 7.0}

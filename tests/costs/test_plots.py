@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from support.fake_run import fake_run
-from tightbeam.common.costs.plots import NUM_COLOURS, bars_svg, bytes_svg, loss_svg
-from tightbeam.common.costs.schema import Edge
-from tightbeam.common.costs.summary import summarise
+from tightbeam.edge.report.plots import NUM_COLOURS, bars_svg, bytes_svg, loss_svg
+from tightbeam.edge.report.schema import Edge
+from tightbeam.edge.report.summary import summarise
 
 
 @pytest.fixture(scope="module")

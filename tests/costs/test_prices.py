@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tightbeam.common.costs import Prices
+from tightbeam.common.accounts.prices import Prices
 from tightbeam.common.errors import UsageError
 
 ROUND = Prices(

@@ -11,10 +11,11 @@ import yaml
 from support.cached_runs import cached_recipe, save_model, train_over
 from support.in_process import InProcessCloud
 from tightbeam.cloud.projections import ProjectionOptions
-from tightbeam.common.costs import StepBytes, StepRow, read_ledger
-from tightbeam.common.costs.report import to_html
-from tightbeam.common.costs.schema import Edge
-from tightbeam.common.costs.summary import summarise
+from tightbeam.common.accounts.rows import StepBytes, StepRow
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.report.report import to_html
+from tightbeam.edge.report.schema import Edge
+from tightbeam.edge.report.summary import summarise
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -12,12 +12,12 @@ import pytest
 from rich.console import Console
 
 from support.fake_run import fake_run
-from tightbeam.common.costs import units
-from tightbeam.common.costs.report import to_csv, to_html, write_report
-from tightbeam.common.costs.schema import Costs
-from tightbeam.common.costs.summary import summarise
-from tightbeam.common.costs.table import print_table
 from tightbeam.common.errors import TightbeamError
+from tightbeam.edge.report import units
+from tightbeam.edge.report.report import to_csv, to_html, write_report
+from tightbeam.edge.report.schema import Costs
+from tightbeam.edge.report.summary import summarise
+from tightbeam.edge.report.table import print_table
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_the_table_says_the_same(costs: Costs) -> None:
 
 def test_only_the_page_loads_matplotlib() -> None:
     code = (
-        "import sys, tightbeam.common.costs, tightbeam.common.costs.report, tightbeam.common.costs.table\n"
+        "import sys, tightbeam.common.accounts, tightbeam.edge.report.report, tightbeam.edge.report.table\n"
         "print([name for name in ('matplotlib', 'torch', 'transformers', 'jinja2') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

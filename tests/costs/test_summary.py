@@ -11,12 +11,14 @@ import torch
 from pydantic import ValidationError
 
 from support.fake_run import HIDDEN_SIZE, fake_run
-from tightbeam.common.costs import Prices, StepBytes, read_ledger
-from tightbeam.common.costs.modes import TokenBytes, predict
-from tightbeam.common.costs.schema import Costs
-from tightbeam.common.costs.summary import summarise
+from tightbeam.common.accounts.prices import Prices
+from tightbeam.common.accounts.rows import StepBytes
 from tightbeam.common.errors import CodecError, DataError
 from tightbeam.common.wire.codecs import lossless
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.report.modes import TokenBytes, predict
+from tightbeam.edge.report.schema import Costs
+from tightbeam.edge.report.summary import summarise
 
 
 def _rows(folder: Path, kind: str) -> list[dict[str, Any]]:

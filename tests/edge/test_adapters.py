@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from support.tiny import tiny_model
-from tightbeam.common.config import AdapterSection
 from tightbeam.common.errors import RecipeError
-from tightbeam.edge.adapters import attach_adapter, build_peft_config, resolve_targets
+from tightbeam.edge.model.adapters import attach_adapter, build_peft_config, resolve_targets
+from tightbeam.edge.recipe import AdapterSection
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name, and wonders about RMS norms.
 pytestmark = [

@@ -30,7 +30,7 @@ from tightbeam.common.wire.messages import encode_tensor, seal_message, sealed_s
 from tightbeam.common.wire.records import Direction, Opener, Sealer
 from tightbeam.common.wire.status import status_details
 from tightbeam.edge import connect
-from tightbeam.edge.channel import STEPS_METHOD, Channel, Exchange, GrpcChannel, error_from_rpc
+from tightbeam.edge.link.channel import STEPS_METHOD, Channel, Exchange, GrpcChannel, error_from_rpc
 from tightbeam.proto.backbone_pb2 import BACKWARD, FORWARD, StepKind, StepReply, StepRequest
 
 

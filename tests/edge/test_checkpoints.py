@@ -18,10 +18,10 @@ from transformers import get_scheduler
 
 from support.edge_runs import tiny_llama, tiny_recipe, train_tiny
 from support.small_files import largest_file
-from tightbeam.common.config import AdapterSection
 from tightbeam.common.errors import RecipeError, TightbeamError
-from tightbeam.edge.adapters import attach_adapter
-from tightbeam.edge.checkpoints import (
+from tightbeam.edge.model.adapters import attach_adapter
+from tightbeam.edge.recipe import AdapterSection
+from tightbeam.edge.training.checkpoints import (
     Position,
     RandomState,
     latest,

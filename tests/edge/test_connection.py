@@ -16,7 +16,6 @@ from support.comparing import compare, lora, twins
 from support.edge_runs import byte_tokenizer, tiny_llama
 from support.in_process import InProcessCloud
 from support.tiny import ragged_batch, tiny_model
-from tightbeam.common.config import Codecs
 from tightbeam.common.errors import (
     CloudUnavailableError,
     CutError,
@@ -26,6 +25,7 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.edge import Cloud, connect
+from tightbeam.edge.recipe import Codecs
 from tightbeam.proto import backbone_pb2 as pb
 
 Clouds = Callable[[str], InProcessCloud]

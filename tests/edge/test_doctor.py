@@ -10,7 +10,7 @@ import pytest
 from support.clouds import free_port
 from support.commands import Cloud
 from support.tiny import tiny_model
-from tightbeam.common.authority import init_certificates
+from tightbeam.common.identity.authority import init_certificates
 from tightbeam.edge import connect
 from tightbeam.edge.doctor import Finding, examine
 

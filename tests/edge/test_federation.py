@@ -11,12 +11,11 @@ import pytest
 from support.edge_runs import byte_tokenizer, write_jsonl
 from support.federations import save_backbone, sums
 from support.in_process import InProcessCloud
-from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.errors import NonFiniteError, UpdateRefusedError
-from tightbeam.common.federation import parse_adapter
-from tightbeam.edge.connection import Cloud, connect
 from tightbeam.edge.data import Example, load_examples
-from tightbeam.edge.federation import (
+from tightbeam.edge.link.connection import Cloud, connect
+from tightbeam.federation.client import (
     AdapterShape,
     CachePlace,
     Lender,
@@ -26,6 +25,7 @@ from tightbeam.edge.federation import (
     held_bytes,
     pad_id,
 )
+from tightbeam.federation.math import parse_adapter
 
 SHAPE = AdapterShape("1:1", "ushape", 4, 2.0)
 TOP = AdapterShape("2:2", "top", 4, 2.0)

@@ -11,11 +11,11 @@ from support.commands import run_command
 from support.edge_runs import Steps, byte_tokenizer, quiet, tiny_llama, tiny_recipe, write_jsonl
 from support.in_process import InProcessCloud
 from support.split_runs import save_tiny_model
-from tightbeam.common.config import Recipe
 from tightbeam.common.errors import DataError, StepTooLargeError, TightbeamError
-from tightbeam.common.runs import RunFolder
 from tightbeam.edge.data import Limits, check_file
-from tightbeam.edge.training import LoadedModel, train_recipe
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.training.folder import RunFolder
+from tightbeam.edge.training.loop import LoadedModel, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

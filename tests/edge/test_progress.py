@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from support.edge_runs import quiet
-from tightbeam.edge.interrupts import StopRequest
-from tightbeam.edge.progress import Notices, TrainingProgress
+from tightbeam.edge.training.interrupts import StopRequest
+from tightbeam.edge.training.progress import Notices, TrainingProgress
 
 
 def _show(console: Console, total: int, first: int = 0) -> None:

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from support.commands import Cloud
 from support.edge_runs import byte_tokenizer, quiet, tiny_llama, write_jsonl
-from tightbeam.common.config import Recipe, load_recipe
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.edge.checkpoints import latest
-from tightbeam.edge.run import run_recipe
-from tightbeam.edge.training import TrainResult
+from tightbeam.edge.recipe import Recipe, load_recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.checkpoints import latest
+from tightbeam.edge.training.loop import TrainResult
+from tightbeam.edge.training.run import run_recipe
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -13,10 +13,10 @@ from transformers import PreTrainedModel
 from support.comparing import greedy
 from support.in_process import InProcessCloud
 from support.tiny import TINY, ragged_batch, tiny_model
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.backbone import Segments, dissect
-from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import UsageError
-from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk, through_cloud
+from tightbeam.edge.model.remote_trunk import PassThrough, RemoteTrunk, through_cloud
 
 Clouds = Callable[[str], InProcessCloud]
 

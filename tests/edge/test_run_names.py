@@ -7,8 +7,6 @@ import pytest
 from torch import nn
 
 from support.edge_runs import Steps, quiet, tiny_llama, tiny_loader, tiny_recipe, train_tiny
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import (
     BudgetError,
     CloudUnavailableError,
@@ -17,9 +15,11 @@ from tightbeam.common.errors import (
     TightbeamError,
     UsageError,
 )
-from tightbeam.common.runs import RunFolder
 from tightbeam.edge.modes.budget import Budget
-from tightbeam.edge.training import train_recipe
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.folder import RunFolder
+from tightbeam.edge.training.loop import train_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from support.in_process import Fault, InProcessCloud
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.backbone import Segments
-from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.errors import (
     CloudBusyError,
     CloudUnavailableError,
@@ -22,8 +22,8 @@ from tightbeam.common.errors import (
     StepConflictError,
     StepTooLargeError,
 )
-from tightbeam.edge.carrier import RetryPolicy
-from tightbeam.edge.stepper import Inputs, Stepper
+from tightbeam.edge.link.carrier import RetryPolicy
+from tightbeam.edge.link.stepper import Inputs, Stepper
 
 _SEGMENTS = Segments((4, 3), torch.tensor([0, 1, 2, 3, 0, 1, 2]))
 _QUICK = RetryPolicy(first_wait_s=0.0, longest_wait_s=0.0)

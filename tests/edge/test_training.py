@@ -24,15 +24,15 @@ from support.edge_runs import (
     train_tiny,
     write_jsonl,
 )
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import CloudUnavailableError, DataError, NonFiniteError, RecipeError, UsageError
-from tightbeam.common.runs import RunFolder
-from tightbeam.edge.adapters import attach_adapter
-from tightbeam.edge.checkpoints import latest, verify
 from tightbeam.edge.data import collate, load_examples
-from tightbeam.edge.plan import Plan
-from tightbeam.edge.training import INTERRUPTED, LoadedModel, train_recipe
+from tightbeam.edge.model.adapters import attach_adapter
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.checkpoints import latest, verify
+from tightbeam.edge.training.folder import RunFolder
+from tightbeam.edge.training.loop import INTERRUPTED, LoadedModel, train_recipe
+from tightbeam.edge.training.plan import Plan
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -15,7 +15,7 @@ from support.tiny import tiny_model
 from tightbeam.common.backbone import build_skeleton, config_from_dict, dissect
 from tightbeam.common.errors import FingerprintError, IntegrityError, ProtocolError, TightbeamError
 from tightbeam.common.files import cache_folder
-from tightbeam.edge.weights import BlobStore, check_card, local_source
+from tightbeam.edge.model.weights import BlobStore, check_card, local_source
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
 _DATA = bytes(range(256)) * 40
@@ -65,7 +65,7 @@ def test_a_broken_download_goes_on_where_it_stopped(tmp_path: Path) -> None:
 _CHILD = """
 import os, sys
 from pathlib import Path
-from tightbeam.edge.weights import BlobStore
+from tightbeam.edge.model.weights import BlobStore
 from tightbeam.proto.backbone_pb2 import Blob
 folder, data = Path(sys.argv[1]), Path(sys.argv[2]).read_bytes()
 def fetch(blob, offset):

@@ -14,8 +14,8 @@ from support import commands
 from support.comparing import lora
 from support.counting_proxy import CountingProxy
 from support.tiny import ragged_batch
-from tightbeam.common.authority import init_certificates
-from tightbeam.common.costs.rows import StepBytes, StepRow
+from tightbeam.common.accounts.rows import StepBytes, StepRow
+from tightbeam.common.identity.authority import init_certificates
 from tightbeam.edge import Cloud, connect
 from tightbeam.proto.backbone_pb2 import Receipt
 

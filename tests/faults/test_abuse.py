@@ -14,10 +14,10 @@ from support.commands import Cloud
 from support.split_runs import split_run
 from tightbeam.cloud.admission import Quota, WaitingRoom
 from tightbeam.common.errors import CloudBusyError, StepTooLargeError, TightbeamError
-from tightbeam.common.identity import Role, ephemeral_identity
+from tightbeam.common.identity.identities import Role, ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
 from tightbeam.common.wire.messages import seal_message
-from tightbeam.edge.channel import error_from_rpc
+from tightbeam.edge.link.channel import error_from_rpc
 from tightbeam.proto import backbone_pb2 as pb
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -16,7 +16,7 @@ from tightbeam.cloud.ledger import RunUsage
 from tightbeam.common.errors import CloudBusyError, StepConflictError, StepRefusedError, error_from_code
 from tightbeam.common.wire.messages import Message, encode_tensor
 from tightbeam.common.wire.stepping import tensor_sha256
-from tightbeam.edge.channel import Exchange
+from tightbeam.edge.link.channel import Exchange
 from tightbeam.proto import backbone_pb2 as pb
 
 TOKENS = 6

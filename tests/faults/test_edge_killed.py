@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from support.commands import Cloud, Command, run_command
 from support.edge_runs import write_jsonl
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.edge import connect
+from tightbeam.edge.report.meter import read_ledger
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 STEPS = 24

@@ -12,8 +12,8 @@ from support.in_process import InProcessCloud
 from support.tiny import TINY
 from tightbeam.common.backbone import Cut, build_skeleton, config_from_dict, fingerprint
 from tightbeam.common.errors import ProtocolError, TightbeamError, UnsupportedModelError
-from tightbeam.edge.split_model import build_split_model
-from tightbeam.edge.weights import BlobStore, check_card
+from tightbeam.edge.model.split_model import build_split_model
+from tightbeam.edge.model.weights import BlobStore, check_card
 from tightbeam.proto.backbone_pb2 import Blob, Card
 
 _LLAMA = {"model_type": "llama", **TINY["llama"]}

@@ -16,7 +16,7 @@ from support.postgres import postgres_url
 from support.split_runs import split_run
 from tightbeam.common.errors import LedgerError, ProtocolError, UsageError
 from tightbeam.edge import connect
-from tightbeam.edge.channel import error_from_rpc
+from tightbeam.edge.link.channel import error_from_rpc
 from tightbeam.proto import backbone_pb2 as pb
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

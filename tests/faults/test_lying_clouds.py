@@ -20,19 +20,18 @@ from torch import Tensor
 from support.cached_runs import cached_recipe, losses, save_model, train_over
 from support.fake_run import fake_run
 from support.in_process import Fault, FaultyChannel, InProcessChannel, InProcessCloud
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.backbone import Segments
-from tightbeam.common.config import Codecs
-from tightbeam.common.costs import JsonlLedger
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.common.costs.rows import StepRow
-from tightbeam.common.costs.summary import summarise
-from tightbeam.common.costs.table import print_table
 from tightbeam.common.errors import NonFiniteError
 from tightbeam.edge.cache import verify_cache
 from tightbeam.edge.cache.rows import pack_entry
-from tightbeam.edge.carrier import RetryPolicy
-from tightbeam.edge.channel import Channel, Exchange
-from tightbeam.edge.stepper import Stepper
+from tightbeam.edge.link.carrier import RetryPolicy
+from tightbeam.edge.link.channel import Channel, Exchange
+from tightbeam.edge.link.stepper import Stepper
+from tightbeam.edge.recipe import Codecs
+from tightbeam.edge.report.meter import JsonlLedger, read_ledger
+from tightbeam.edge.report.summary import summarise
+from tightbeam.edge.report.table import print_table
 from tightbeam.proto import backbone_pb2 as pb
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -8,7 +8,7 @@ import pytest
 
 from support.commands import Cloud, Command, Finished, run_command
 from support.edge_runs import write_jsonl
-from tightbeam.common.identity import init_certificates
+from tightbeam.common.identity.identities import init_certificates
 
 ROWS = [{"prompt": f"{n} + 1 =", "completion": str(n + 1)} for n in range(6)]
 INSECURE = ("model.insecure=true", "output.name=MyRun-v1.2")

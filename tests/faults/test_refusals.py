@@ -23,13 +23,18 @@ from tightbeam.common.errors import (
     StepTooLargeError,
     TightbeamError,
 )
-from tightbeam.common.identity import Identity, ephemeral_identity, init_certificates, load_identity
+from tightbeam.common.identity.identities import (
+    Identity,
+    ephemeral_identity,
+    init_certificates,
+    load_identity,
+)
 from tightbeam.common.wire.handshake import ClientHandshake
 from tightbeam.common.wire.key_schedule import suite_name
 from tightbeam.common.wire.records import Aead
 from tightbeam.common.wire.stepping import SESSION_KEY
-from tightbeam.edge import stepper
-from tightbeam.edge.channel import STEPS_METHOD, error_from_rpc
+from tightbeam.edge.link import stepper
+from tightbeam.edge.link.channel import STEPS_METHOD, error_from_rpc
 from tightbeam.proto import backbone_pb2 as pb
 from tightbeam.proto.backbone_pb2_grpc import BackboneStub
 

@@ -19,12 +19,13 @@ from support.counting_proxy import CountingProxy
 from support.in_process import InProcessCloud
 from support.tiny import tiny_model
 from tightbeam.cloud import server
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.backbone import Segments
-from tightbeam.common.costs.rows import StepRow
-from tightbeam.edge import connect, connection
-from tightbeam.edge.carrier import RetryPolicy
-from tightbeam.edge.connection import Cloud as Connected
-from tightbeam.simulations.profiles import NetworkProfile
+from tightbeam.edge import connect
+from tightbeam.edge.link import connection
+from tightbeam.edge.link.carrier import RetryPolicy
+from tightbeam.edge.link.connection import Cloud as Connected
+from tightbeam.federation.profiles import NetworkProfile
 from tightbeam.simulations.shaping import ShapedLine
 
 _LENGTHS = (64,) * 512  # 4.2 MB a tensor: 32 elements of 4 bytes per token

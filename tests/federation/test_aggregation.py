@@ -12,7 +12,7 @@ from support.lora_states import (
     random_updates,
 )
 from tightbeam.common.errors import CohortError, UpdateRefusedError
-from tightbeam.common.federation import (
+from tightbeam.federation.math import (
     AGGREGATORS,
     Aggregate,
     FedIT,

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightbeam.common.federation.privacy import clipped, gaussian, length, noised
+from tightbeam.federation.math.privacy import clipped, gaussian, length, noised
 
 SEED = bytes(range(32))
 

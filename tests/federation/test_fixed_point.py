@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from support.lora_states import random_state
 from tightbeam.common.errors import FederationError, UpdateRefusedError
-from tightbeam.common.federation.secagg.fixed_point import FixedPoint, Layout, WeightedSum
-from tightbeam.common.federation.secagg.masks import ring_dtype
+from tightbeam.federation.secagg.fixed_point import FixedPoint, Layout, WeightedSum
+from tightbeam.federation.secagg.masks import ring_dtype
 
 
 def summed(encoding: FixedPoint, clients: list[NDArray[np.float64]], weights: list[int]) -> WeightedSum:

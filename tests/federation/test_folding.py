@@ -5,7 +5,7 @@ import pytest
 from numpy.typing import NDArray
 
 from support.lora_states import LAYERS
-from tightbeam.common.federation import (
+from tightbeam.federation.math import (
     FfaLora,
     Flora,
     LoraAdapter,
@@ -19,7 +19,7 @@ from tightbeam.common.federation import (
     plus,
     principal,
 )
-from tightbeam.common.federation.lowrank import difference_norm
+from tightbeam.federation.math.lowrank import difference_norm
 
 Q_PROJ, DOWN_PROJ = LAYERS
 RANKS, WIDEST = [4, 8, 16], 16

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from support.lora_states import HEAD, LAYERS, State, random_state
 from tightbeam.common.errors import TightbeamError, UpdateRefusedError
-from tightbeam.common.federation import LoraModule, Update, check_update, fold, parse_adapter
+from tightbeam.federation.math import LoraModule, Update, check_update, fold, parse_adapter
 
 Q_PROJ, DOWN_PROJ = LAYERS
 A_NAME, B_NAME = f"{Q_PROJ}.lora_A.weight", f"{Q_PROJ}.lora_B.weight"

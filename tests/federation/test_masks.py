@@ -10,7 +10,7 @@ from cryptography.hazmat.primitives.ciphers.modes import CTR
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tightbeam.common.federation.secagg.masks import RingVector, add_mask, ring_dtype
+from tightbeam.federation.secagg.masks import RingVector, add_mask, ring_dtype
 
 RINGS = [32, 64]
 

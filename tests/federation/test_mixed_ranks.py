@@ -113,7 +113,7 @@ def test_a_fold_is_what_the_adapter_did_and_comes_out_again(federation: Any) -> 
     federation.local_steps([[[0, 1, 2, 3]]] * 3, 1e-2, only_B=False)
     state = federation.undress(8, 0)
     worn = federation.evaluate(federation.test, state)
-    parsed = sys.modules["tightbeam.common.federation"].parse_adapter(state, 2.0, "one")
+    parsed = sys.modules["tightbeam.federation.math"].parse_adapter(state, 2.0, "one")
     federation.fold(parsed)
     assert federation.evaluate(federation.test, bare.state(2.0)) == pytest.approx(worn, abs=1e-5)
     assert worn != pytest.approx(before, abs=1e-3)
@@ -143,7 +143,7 @@ def test_directions_that_a_client_folded_count_but_do_not_learn(federation: Any)
     for folded in (False, True):
         federation.unfold()
         if folded:
-            federation.fold(sys.modules["tightbeam.common.federation"].beyond(whole, 4))
+            federation.fold(sys.modules["tightbeam.federation.math"].beyond(whole, 4))
             federation.wear([whole.resized(4).state(2.0)])
         else:
             federation.wear([whole.state(2.0)], [4])

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from support.secagg_rounds import EXCHANGES, NEVER, Round, identity_of, make_plan, names
 from tightbeam.common.errors import CohortError, ProtocolError, TightbeamError
-from tightbeam.common.federation.secagg import Plan, SecAggClient
-from tightbeam.common.federation.secagg.framing import Message, fields
-from tightbeam.common.federation.secagg.messages import (
+from tightbeam.federation.secagg import Plan, SecAggClient
+from tightbeam.federation.secagg.framing import Message, fields
+from tightbeam.federation.secagg.messages import (
     Consent,
     Consents,
     Inbox,

@@ -6,8 +6,8 @@ import pytest
 from support.lora_states import LAYERS, dense_mean, frozen_A_updates
 from support.secagg_rounds import Round, make_plan, names
 from tightbeam.common.errors import UpdateRefusedError
-from tightbeam.common.federation import FedIT, FfaLora, Update, parse_adapter
-from tightbeam.common.federation.secagg import FixedPoint, Layout
+from tightbeam.federation.math import FedIT, FfaLora, Update, parse_adapter
+from tightbeam.federation.secagg import FixedPoint, Layout
 
 SCALE = 2.0
 

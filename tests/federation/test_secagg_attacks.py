@@ -17,10 +17,11 @@ from tightbeam.common.errors import (
     ProtocolError,
     UpdateRefusedError,
 )
-from tightbeam.common.federation.secagg import FixedPoint, SecAggClient, SecAggServer, roster_from
-from tightbeam.common.federation.secagg import keys as keys_module
-from tightbeam.common.federation.secagg.keys import RoundSecrets
-from tightbeam.common.federation.secagg.messages import (
+from tightbeam.common.identity.identities import Trust, ephemeral_identity, init_certificates, load_identity
+from tightbeam.federation.secagg import FixedPoint, SecAggClient, SecAggServer, roster_from
+from tightbeam.federation.secagg import keys as keys_module
+from tightbeam.federation.secagg.keys import RoundSecrets
+from tightbeam.federation.secagg.messages import (
     Inbox,
     KeyRoll,
     Keys,
@@ -30,7 +31,6 @@ from tightbeam.common.federation.secagg.messages import (
     Survivors,
     Unmasking,
 )
-from tightbeam.common.identity import Trust, ephemeral_identity, init_certificates, load_identity
 
 A, B, C, D, E = names(5)
 

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from support.secagg_rounds import Round, identity_of, make_plan, names
 from tightbeam.common.errors import CohortError, IdentityError, ProtocolError
-from tightbeam.common.federation.secagg.keys import pairwise_seed
-from tightbeam.common.federation.secagg.masks import RingVector, add_mask, ring_dtype
-from tightbeam.common.federation.secagg.messages import (
+from tightbeam.federation.secagg.keys import pairwise_seed
+from tightbeam.federation.secagg.masks import RingVector, add_mask, ring_dtype
+from tightbeam.federation.secagg.messages import (
     Consent,
     Consents,
     Keys,
@@ -22,7 +22,7 @@ from tightbeam.common.federation.secagg.messages import (
     Survivors,
     Unmasking,
 )
-from tightbeam.common.federation.secagg.shamir import recover
+from tightbeam.federation.secagg.shamir import recover
 
 A, B, C, D, E = names(5)
 ROUNDS, SIZE = 25, 400

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tightbeam.common.errors import CohortError, ProtocolError
-from tightbeam.common.federation.secagg.shamir import PRIME, SECRET_BYTES, SHARE_BYTES, deal, recover
+from tightbeam.federation.secagg.shamir import PRIME, SECRET_BYTES, SHARE_BYTES, deal, recover
 
 SECRETS = st.binary(min_size=32, max_size=32)
 

@@ -14,8 +14,8 @@ import pytest
 
 from support.edge_runs import byte_tokenizer, quiet, tiny_llama, write_jsonl
 from support.in_process import InProcessCloud
-from tightbeam.common.config import Recipe, recipe_from_mapping
-from tightbeam.edge.run import run_recipe
+from tightbeam.edge.recipe import Recipe, recipe_from_mapping
+from tightbeam.edge.training.run import run_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
@@ -122,7 +122,7 @@ def _one_step(folder: Path, address: str) -> Recipe:
 def test_a_training_step_passes_every_stop(entered: list[tuple[str, str]]) -> None:
     stops = [(stop.file, stop.name) for section in _drawing().stops(PAGE) for stop in section]
     assert [stop for stop in stops if stop not in entered] == []
-    assert ("edge/tightbeam/edge/stepper.py", "Stepper.submit") not in entered  # the list can lack something
+    assert ("edge/tightbeam/edge/link/stepper.py", "Stepper.submit") not in entered  # lists can lack
 
 
 def test_the_edge_passes_its_stops_in_the_order_of_the_page(entered: list[tuple[str, str]]) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from support.commands import run_command
 from tightbeam.cli.options import require_loopback
-from tightbeam.common.config import Recipe
 from tightbeam.common.errors import UsageError
+from tightbeam.edge.recipe import Recipe
 
 RECIPE = """
 model: {cloud: "localhost:50051", insecure: true}

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tightbeam.common.config import load_recipe
+from tightbeam.edge.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 EDGES = ("quiz", "companion")

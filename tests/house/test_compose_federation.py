@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tightbeam.simulations.flower import ENVIRONMENT
-from tightbeam.simulations.scenario import load_scenario
+from tightbeam.federation.runtimes.flower import ENVIRONMENT
+from tightbeam.federation.scenario import load_scenario
 
 ROOT = Path(__file__).parents[2]
 EDGES = ("client-00", "client-01", "client-02")

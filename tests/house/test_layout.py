@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("cli", "cloud", "common", "edge", "proto", "simulations")
+PARTS = ("cli", "cloud", "common", "edge", "federation", "proto", "simulations")
 UNSAFE = re.compile(
     r"^\s*(import|from) pickle\b|\btorch\.load\(|allow_pickle\s*=\s*True|\bpickle\.loads?\(", re.M
 )
@@ -68,7 +68,7 @@ def complaints(source: str) -> list[str]:
     }
     bound = defined | {
         alias.asname or alias.name
-        for node in body
+        for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Import | ast.ImportFrom)
         for alias in node.names
     }

@@ -17,9 +17,9 @@ from support.clouds import free_port
 from support.commands import Command
 from support.edge_runs import byte_tokenizer, tiny_llama, write_jsonl
 from support.pages import PAGES, ROOT, commands, mentions, options_of, parse, python_blocks
-from tightbeam.common.config import load_recipe
-from tightbeam.simulations.installed import missing
-from tightbeam.simulations.scenario import load_scenario
+from tightbeam.edge.recipe import load_recipe
+from tightbeam.federation.runtimes.requirements import missing
+from tightbeam.federation.scenario import load_scenario
 
 ADDRESS = "localhost:50051"
 # Commands that do not run here, by how they begin. What they name is looked at all the same.
@@ -60,7 +60,7 @@ FRAGMENTS = {
 }
 ALL = list(dict.fromkeys(line for page in PAGES for line in commands(page.read_text(encoding="utf-8"))))
 EXCUSED = [line for line in ALL if line.startswith(tuple(REASONS))]
-PARTS = ("cli", "cloud", "common", "edge", "simulations")
+PARTS = ("cli", "cloud", "common", "edge", "federation", "simulations")
 SOURCES = [path for part in PARTS for path in (ROOT / part).rglob("*.py")]
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name; the Trainer pins memory without CUDA.

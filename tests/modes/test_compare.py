@@ -12,16 +12,16 @@ from support.cached_runs import save_model
 from support.commands import Cloud
 from support.edge_runs import quiet, tiny_llama, tiny_recipe
 from tightbeam.cli.compare import compare as command
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.comparison import (
+from tightbeam.common.errors import FingerprintError, RecipeError, UsageError
+from tightbeam.edge.comparison.compare import MODES, compare, comparison_folder, recipe_of
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.comparison import (
     ModeResult,
     lines_of,
     print_comparison,
     to_html,
     write_comparison,
 )
-from tightbeam.common.errors import FingerprintError, RecipeError, UsageError
-from tightbeam.edge.compare import MODES, compare, comparison_folder, recipe_of
 
 RESULT = ModeResult(
     mode="ushape", model="tiny", cut="2:2", eval_loss_before=5.5, eval_loss_after=None, wire_up_bytes=2_000,

@@ -16,10 +16,10 @@ from support.cached_runs import Crossing, cached_recipe, train_over
 from support.commands import Cloud, run_command
 from support.edge_runs import byte_tokenizer, write_jsonl
 from support.in_process import InProcessCloud
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import IdentityError
 from tightbeam.edge.cache.store import shard_paths
-from tightbeam.edge.training import TrainResult
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.loop import TrainResult
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -16,15 +16,15 @@ from support.cached_runs import CrashError, cached_recipe, losses, train_over
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from support.local_runs import block_of, local_losses
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import BudgetError, RecipeError, TightbeamError
-from tightbeam.common.runs import RunFolder
 from tightbeam.edge.cache import inspect_cache
-from tightbeam.edge.checkpoints import latest
 from tightbeam.edge.data import collate, load_examples, split_examples
 from tightbeam.edge.modes.freeze import freeze_step
 from tightbeam.edge.modes.settling import LOOKS_PER_EPOCH, Settling
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.checkpoints import latest
+from tightbeam.edge.training.folder import RunFolder
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -7,12 +7,12 @@ import torch
 
 from support.cached_runs import CrashError, cached_recipe, losses, train_over
 from support.in_process import InProcessCloud
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import RecipeError
-from tightbeam.common.runs import RunFolder
 from tightbeam.edge.cache.shortcut import add_noise
-from tightbeam.edge.compare import recipe_of
+from tightbeam.edge.comparison.compare import recipe_of
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.folder import RunFolder
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

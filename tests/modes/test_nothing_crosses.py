@@ -19,12 +19,12 @@ from support.commands import Cloud, Command, run_command
 from support.counting_proxy import CountingProxy
 from support.edge_runs import quiet
 from support.mitm import Mitm, Way
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.common.costs.rows import StepRow
-from tightbeam.common.runs import RunFolder
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.edge import connect
-from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.folder import RunFolder
+from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

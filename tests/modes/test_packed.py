@@ -11,7 +11,7 @@ from support.comparing import gradients
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from support.tiny import TINY, ragged_batch, tiny_model
-from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.errors import UsageError
 from tightbeam.edge.cache import ActivationCache
 from tightbeam.edge.cache.filler import Filler, Sample

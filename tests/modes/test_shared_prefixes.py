@@ -15,11 +15,11 @@ from torch import Tensor
 
 from support.cached_runs import cached_recipe, losses, train_over
 from support.in_process import Fault, InProcessCloud
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.backbone import Segments, Taps
-from tightbeam.common.costs.rows import StepRow
 from tightbeam.common.wire.prefixes import SharedPrefixes
-from tightbeam.edge.connection import connect
-from tightbeam.edge.stepper import Answer
+from tightbeam.edge.link.connection import connect
+from tightbeam.edge.link.stepper import Answer
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -9,9 +9,9 @@ from torch import Tensor
 from support.comparing import gradients
 from support.tiny import TINY, ragged_batch, tiny_model
 from tightbeam.common.backbone import SegmentTable, packed_attention
+from tightbeam.edge.model.packed_rows import PackedRows
 from tightbeam.edge.modes.last_block import last_mlp
 from tightbeam.edge.modes.packed import PackedBatch, packed_attention_in, packed_loss
-from tightbeam.edge.packed_rows import PackedRows
 
 PREFIX = 3
 

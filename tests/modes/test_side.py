@@ -20,13 +20,13 @@ from support.in_process import InProcessCloud
 from support.tiny import ragged_batch, tiny_model
 from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.common.backbone import Segments, SegmentTable
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import BudgetError, CutError, FingerprintError, UsageError
-from tightbeam.common.runs import RunFolder
-from tightbeam.edge.carrier import Flight
 from tightbeam.edge.data import collate, load_examples
+from tightbeam.edge.link.carrier import Flight
+from tightbeam.edge.link.stepper import Stepper
+from tightbeam.edge.report.meter import read_ledger
 from tightbeam.edge.side import add_side, choose_taps, load_side, save_side, side_of, side_parameters
-from tightbeam.edge.stepper import Stepper
+from tightbeam.edge.training.folder import RunFolder
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from support.in_process import InProcessCloud
 from support.tiny import ragged_batch
-from tightbeam.common.costs.rows import StepRow
+from tightbeam.common.accounts.rows import StepRow
 from tightbeam.edge.cache import ActivationCache
 from tightbeam.edge.cache.shortcut import FrozenParts, TrunkShortcut
 from tightbeam.edge.side import add_side, load_side, save_side

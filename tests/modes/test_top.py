@@ -20,13 +20,13 @@ from support.cached_runs import (
 from support.edge_runs import byte_tokenizer
 from support.in_process import InProcessCloud
 from support.local_runs import local_losses
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import BudgetError, RecipeError
-from tightbeam.common.runs import RunFolder
 from tightbeam.common.wire.codecs import codec as wire_codec
 from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.data import collate, load_examples, split_examples
-from tightbeam.edge.training import INTERRUPTED
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.folder import RunFolder
+from tightbeam.edge.training.loop import INTERRUPTED
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -9,7 +9,7 @@ from support.commands import Cloud
 from support.federations import Playground, Signed, save_backbone
 from support.in_process import InProcessCloud
 from tightbeam.cloud.projections import ProjectionOptions
-from tightbeam.common.authority import init_certificates
+from tightbeam.common.identity.authority import init_certificates
 
 
 @pytest.fixture(scope="session")

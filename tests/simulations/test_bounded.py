@@ -10,16 +10,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from support.commands import Cloud
 from support.federations import Playground, figures
 from tightbeam.common.errors import CloudUnavailableError
-from tightbeam.edge import connection
-from tightbeam.edge.carrier import RetryPolicy
-from tightbeam.simulations.apps import client_app, participant
-from tightbeam.simulations.apps.exchange import exchange
-from tightbeam.simulations.apps.replies import Node
-from tightbeam.simulations.apps.strategy import FederatedLora
-from tightbeam.simulations.global_adapter import GlobalAdapter, layers_of, to_record
-from tightbeam.simulations.grid import InProcessGrid
-from tightbeam.simulations.journal import Journal
-from tightbeam.simulations.scenario import scenario_from_mapping
+from tightbeam.edge.link import connection
+from tightbeam.edge.link.carrier import RetryPolicy
+from tightbeam.federation.client import client_app, participant
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.scenario import scenario_from_mapping
+from tightbeam.federation.server.exchange import exchange
+from tightbeam.federation.server.global_adapter import GlobalAdapter, layers_of, to_record
+from tightbeam.federation.server.journal import Journal
+from tightbeam.federation.server.replies import Node
+from tightbeam.federation.server.strategy import FederatedLora
 
 SHAPES = {"m.layers.5.q.lora_A.weight": (2, 60), "m.layers.5.q.lora_B.weight": (50, 2)}
 

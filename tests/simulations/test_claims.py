@@ -8,12 +8,12 @@ from flwr.app import Context, Message
 
 from support.federations import Playground
 from tightbeam.common.errors import FederationError
-from tightbeam.simulations.apps.claims import Claims
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.flower import Flower
-from tightbeam.simulations.grid import InProcessGrid
-from tightbeam.simulations.runtimes import run_deployed
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.choosing import run_deployed
+from tightbeam.federation.runtimes.flower import Flower
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.server.claims import Claims
 
 IMPOSTOR, VICTIM = 4, 3  # nodes; the first is 2
 

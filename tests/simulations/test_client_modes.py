@@ -17,10 +17,10 @@ from support.federations import NUM_BLOCKS, Playground, spoiled
 from tightbeam.common.errors import FederationError
 from tightbeam.edge import connect
 from tightbeam.edge.data import collate, load_examples
-from tightbeam.edge.federation.adapter import LADDER
 from tightbeam.edge.side import Ladder
-from tightbeam.simulations.global_adapter import fresh, from_record, layers_of
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.federation.client.adapter import LADDER
+from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.global_adapter import fresh, from_record, layers_of
 
 # 24 rows a client, 5 of them held out: five steps of four examples see each of the 19 others once.
 EPOCH = {"steps": 5, "batch_size": 4}

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
-from tightbeam.common.federation import LoraAdapter, Update, beyond, parse_adapter
-from tightbeam.simulations.apps.combining import (
+from tightbeam.federation.math import LoraAdapter, Update, beyond, parse_adapter
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.server.combining import (
     Accepted,
     ByAggregator,
     ByFlower,
@@ -15,9 +17,7 @@ from tightbeam.simulations.apps.combining import (
     combiner_for,
     trained_part,
 )
-from tightbeam.simulations.global_adapter import GlobalAdapter, to_record
-from tightbeam.simulations.grid import InProcessGrid
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.server.global_adapter import GlobalAdapter, to_record
 
 RANK, SCALE = 2, 2.0
 

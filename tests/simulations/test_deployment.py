@@ -22,9 +22,9 @@ from safetensors.numpy import load_file
 from support.compositions import EDGES, HAPROXY, federation
 from support.federations import Playground
 from tightbeam.common.errors import FederationError
+from tightbeam.federation.runtimes.flower import Flower
+from tightbeam.federation.scenario import load_scenario
 from tightbeam.simulations.compose import Composition
-from tightbeam.simulations.flower import Flower
-from tightbeam.simulations.scenario import load_scenario
 
 pytestmark = [
     pytest.mark.skipif(HAPROXY is None, reason="haproxy is not installed"),

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from support.edge_runs import byte_tokenizer
 from support.federations import NUM_BLOCKS, Playground
 from tightbeam.edge.data import Example, collate, load_examples
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.federation.scenario import Scenario
 
 LR, SCALE = 0.5, 2.0
 

@@ -9,10 +9,10 @@ import pytest
 
 from support.federations import Playground, Signed
 from tightbeam.common.errors import RecipeError
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.runtimes import run_on_ray
-from tightbeam.simulations.scenario import FLOWER_STRATEGIES, scenario_from_mapping
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.choosing import run_on_ray
+from tightbeam.federation.scenario import FLOWER_STRATEGIES, scenario_from_mapping
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 OURS = ("fedit", "ffa", "flora", "flexlora", "hetlora", "zeropad")

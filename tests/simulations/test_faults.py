@@ -15,9 +15,9 @@ from tightbeam.common.errors import (
     RecipeError,
     UsageError,
 )
-from tightbeam.simulations.grid import InProcessGrid
-from tightbeam.simulations.report import write_report
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.federation.accounts.report import write_report
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.scenario import Scenario
 
 
 def _spoil_arrays(number: int, change: Any) -> Any:

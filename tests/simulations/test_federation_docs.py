@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tightbeam.common.config_errors import known_keys
-from tightbeam.simulations.profiles import DEVICES, NETWORKS
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.common.settings.messages import known_keys
+from tightbeam.federation.profiles import DEVICES, NETWORKS
+from tightbeam.federation.scenario import Scenario
 
 DOCS = Path(__file__).parents[2] / "docs" / "federation.md"
 TEXT = DOCS.read_text(encoding="utf-8")

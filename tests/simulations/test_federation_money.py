@@ -7,12 +7,12 @@ import pytest
 
 from support.federations import Playground, save_backbone
 from support.in_process import InProcessCloud
-from tightbeam.common.costs.prices import ASSUMED, CLOUD, PriceList
+from tightbeam.common.accounts.prices import ASSUMED, CLOUD, PriceList
 from tightbeam.common.errors import DataError
+from tightbeam.federation.accounts.sums import account
+from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.pricing import tariff_of, with_offers
 from tightbeam.proto import backbone_pb2 as pb
-from tightbeam.simulations.accounts import account
-from tightbeam.simulations.pricing import tariff_of, with_offers
-from tightbeam.simulations.scenario import Scenario
 
 LIST = {"currency": "EUR", "per_gigabyte": 1000.0, "per_petaflop": 7.0}
 

@@ -7,8 +7,8 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from tightbeam.simulations.progress import FederationProgress
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.accounts.progress import FederationProgress
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 
 OK: dict[str, Any] = {
     "status": "ok",

@@ -11,13 +11,13 @@ from flwr.app import ArrayRecord, Message
 
 from support.federations import Playground, spoiled
 from support.in_process import InProcessCloud
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.common.costs.modes import TokenBytes
-from tightbeam.common.costs.prices import Prices
+from tightbeam.common.accounts.prices import Prices
 from tightbeam.common.errors import DataError
-from tightbeam.simulations.accounts import account
-from tightbeam.simulations.report import write_report
-from tightbeam.simulations.scenario import Scenario, load_scenario
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.report.modes import TokenBytes
+from tightbeam.federation.accounts.report import write_report
+from tightbeam.federation.accounts.sums import account
+from tightbeam.federation.scenario import Scenario, load_scenario
 
 CHANGES: dict[str, Any] = {
     "clients": 4,

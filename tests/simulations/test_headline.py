@@ -8,9 +8,9 @@ from transformers import AutoModelForCausalLM
 from support.edge_runs import byte_tokenizer
 from support.federations import Playground
 from tightbeam.edge.data import collate, load_examples
-from tightbeam.simulations.headline import headline_of
-from tightbeam.simulations.journal import Row
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.federation.accounts.headline import headline_of
+from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.journal import Row
 
 MIXED = {
     "small": {"clients": 1, "r": 2},

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.common.costs.prices import Prices
+from tightbeam.common.accounts.prices import Prices
 from tightbeam.common.errors import RecipeError
-from tightbeam.simulations.journal import Journal, Row, State, moved_bytes, slow_clients
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.server.journal import Journal, Row, State, moved_bytes, slow_clients
 
 SCENARIO = scenario_from_mapping({"clients": 2, "rounds": 3})
 

@@ -9,9 +9,9 @@ from flwr.server.superlink.linkstate.utils import create_message_error_unavailab
 
 from support.federations import Playground, Signed
 from tightbeam.common.errors import CohortError, FederationError
-from tightbeam.simulations.apps.exchange import exchange
-from tightbeam.simulations.grid import InProcessGrid
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.exchange import exchange
 
 LOST = "Its node is lost: the SuperLink has not heard from it."
 
@@ -45,7 +45,7 @@ def lose(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         monkeypatch.setattr(InProcessGrid, "push_messages", push_messages)
         if silent:
-            monkeypatch.setattr("tightbeam.simulations.apps.exchange.ANSWER_S", 0.0)
+            monkeypatch.setattr("tightbeam.federation.server.exchange.ANSWER_S", 0.0)
 
     return lose
 
@@ -105,7 +105,7 @@ def test_a_lost_node_does_not_count_among_those_to_wait_for(
     playground: Playground, lose: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lose({1}, {"query.hello"})
-    monkeypatch.setattr("tightbeam.simulations.apps.roster._NODES_S", 0.0)
+    monkeypatch.setattr("tightbeam.federation.server.roster._NODES_S", 0.0)
     with pytest.raises(FederationError, match=r"2 of 3 clients are there"):
         playground.run(playground.scenario(wait_for=3))
 

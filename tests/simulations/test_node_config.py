@@ -8,10 +8,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from support.federations import Playground
 from tightbeam.common.errors import RecipeError
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.apps.replies import failure_of
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.grid import InProcessGrid
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.server.replies import failure_of
 
 SIMULATED = {"partition-id": 0, "num-partitions": 3}
 
@@ -85,7 +85,7 @@ def test_flowers_own_command_simulates_only_when_told(playground: Playground) ->
 
 
 def test_a_deployments_nodes_are_never_dealt_data(playground: Playground, tmp_path: Path) -> None:
-    from tightbeam.simulations.flower import APP_FILES
+    from tightbeam.federation.runtimes.flower import APP_FILES
 
     assert "simulated = false" in APP_FILES["pyproject.toml"]
     example = Path(__file__).parents[2] / "examples" / "flower_app" / "pyproject.toml"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from support.edge_runs import write_jsonl
 from support.federations import TOPICS, sums
 from tightbeam.common.errors import DataError
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.simulations.partition import deal
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 from tightbeam.simulations.shards import client_files, deal_rows
 
 WAYS = ("iid", "size", "dirichlet", "field")

@@ -16,11 +16,11 @@ from support.edge_runs import byte_tokenizer
 from support.federations import NUM_BLOCKS, Playground
 from tightbeam.edge import connect
 from tightbeam.edge.data import collate, load_examples
-from tightbeam.edge.federation import AdapterShape, CachePlace, Lender, LocalTask, Workplace
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.apps.personal import PersonalPart
-from tightbeam.simulations.global_adapter import fresh, layers_of
-from tightbeam.simulations.scenario import ClientProfile, Scenario
+from tightbeam.federation.client import AdapterShape, CachePlace, Lender, LocalTask, Workplace
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.client.personal import PersonalPart
+from tightbeam.federation.scenario import ClientProfile, Scenario
+from tightbeam.federation.server.global_adapter import fresh, layers_of
 
 SGD = {"optimizer": "sgd", "lr": 0.3, "max_grad_norm": 0}
 

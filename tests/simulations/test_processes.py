@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from tightbeam.common.errors import TightbeamError
-from tightbeam.simulations.processes import Child, Children
+from tightbeam.federation.runtimes.processes import Child, Children
 
 SLEEP = [sys.executable, "-c", "import time; time.sleep(60)"]
 # Starts a process in a session of its own, as Flower's SuperLink does, tells its number, and sleeps.
@@ -46,7 +46,7 @@ def test_what_a_killed_parent_leaves_behind_ends_too(tmp_path: Path) -> None:
     """SIGKILL gives no chance to stop anything; its pipes close all the same."""
     code = (
         "import sys, time; from pathlib import Path;"
-        "from tightbeam.simulations.processes import Children;"
+        "from tightbeam.federation.runtimes.processes import Children;"
         f"children = Children(Path({str(tmp_path)!r}));"
         f"child = children.start('detaching', {DETACHING!r});"
         "print(child.process.pid, child.first_answer(30), flush=True); time.sleep(60)"
@@ -92,7 +92,7 @@ def test_a_process_of_somebody_else_goes_on(tmp_path: Path) -> None:
 def test_children_within_children_carry_both_marks(tmp_path: Path) -> None:
     code = (
         "import sys, time; from pathlib import Path;"
-        "from tightbeam.simulations.processes import Children;"
+        "from tightbeam.federation.runtimes.processes import Children;"
         f"inner = Children(Path({str(tmp_path / 'inner')!r}));"
         f"print(inner.start('x', {SLEEP!r}).process.pid, flush=True); time.sleep(60)"
     )

@@ -4,11 +4,11 @@ import math
 
 import pytest
 
-from tightbeam.common.config import Codecs
-from tightbeam.common.costs.rows import StepBytes, StepRow
-from tightbeam.simulations.budgets import Plan, Spent, choose_codec, codec_text
-from tightbeam.simulations.profiles import DEVICES, NETWORKS, Budget, NetworkProfile, steps_seconds
-from tightbeam.simulations.scenario import ClientSection
+from tightbeam.common.accounts.rows import StepBytes, StepRow
+from tightbeam.edge.recipe import Codecs
+from tightbeam.federation.profiles import DEVICES, NETWORKS, Budget, NetworkProfile, steps_seconds
+from tightbeam.federation.scenario import ClientSection
+from tightbeam.federation.server.budgets import Plan, Spent, choose_codec, codec_text
 
 LINE = NetworkProfile(up_mbps=8, down_mbps=80, rtt_ms=100)
 

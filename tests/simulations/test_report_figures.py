@@ -13,10 +13,10 @@ from support.flower_count import FlowerCount
 from support.in_process import InProcessCloud
 from support.recounting import Recount, differences, leaves
 from support.recounting_rows import Clients
-from tightbeam.common.costs import units
-from tightbeam.simulations.accounts import account
-from tightbeam.simulations.report import to_html, write_report
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.edge.report import units
+from tightbeam.federation.accounts.report import to_html, write_report
+from tightbeam.federation.accounts.sums import account
+from tightbeam.federation.scenario import Scenario
 
 CHANGES: dict[str, Any] = {
     "clients": 4,

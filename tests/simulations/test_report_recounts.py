@@ -13,11 +13,11 @@ from support.in_process import InProcessCloud
 from support.recounting import Recount, differences
 from support.recounting_rows import Clients
 from tightbeam.common.errors import CohortError
-from tightbeam.simulations.accounts import account
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.grid import ClientCall
-from tightbeam.simulations.journal import moved_bytes
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.federation.accounts.sums import account
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.runtimes.grid import ClientCall
+from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.journal import moved_bytes
 
 LITTLE = {"taps": 2, "width": 8, "heads": 2}
 EVERYTHING: dict[str, Any] = {

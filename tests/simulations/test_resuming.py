@@ -8,11 +8,11 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message
 
 from support.federations import Playground, Signed, spoiled
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import FederationError, RecipeError
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.resuming import MAY_CHANGE, changes
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.server.resuming import MAY_CHANGE, changes
 
 DOCS = Path(__file__).parents[2] / "docs" / "federation.md"
 

@@ -23,11 +23,11 @@ from tightbeam.common.errors import (
     TightbeamError,
     UsageError,
 )
-from tightbeam.common.node_keys import init_federation
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.flower import Flower, _death, tool
-from tightbeam.simulations.runtimes import run_deployed
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.common.identity.node_keys import init_federation
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.choosing import run_deployed
+from tightbeam.federation.runtimes.flower import Flower, _death, tool
+from tightbeam.federation.scenario import Scenario
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 DIED = """INFO :      Start `flwr-serverapp` process

@@ -10,14 +10,14 @@ from safetensors.numpy import load_file
 
 from support.federations import Playground
 from tightbeam.common.errors import FederationError, RecipeError, UsageError
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.flower import APP_FILES, flower_environment
-from tightbeam.simulations.installed import require_ray
-from tightbeam.simulations.runtimes import (
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.choosing import (
     run_deployed,
     run_on_ray,
 )
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.federation.runtimes.flower import APP_FILES, flower_environment
+from tightbeam.federation.runtimes.requirements import require_ray
+from tightbeam.federation.scenario import Scenario
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "flower_app"
 HAS_RAY = importlib.util.find_spec("ray") is not None

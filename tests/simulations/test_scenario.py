@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from tightbeam.common.errors import RecipeError
-from tightbeam.simulations.profiles import DEVICES, NETWORKS
-from tightbeam.simulations.scenario import Scenario, load_scenario, scenario_from_mapping
+from tightbeam.federation.profiles import DEVICES, NETWORKS
+from tightbeam.federation.scenario import Scenario, load_scenario, scenario_from_mapping
 
 SMALL: dict[str, Any] = {"clients": 4, "rounds": 2}
 PRIVATE = {"weight": "equal", "privacy": {"noise_multiplier": 1, "clipping_norm": 1}}

@@ -8,9 +8,9 @@ from rich.console import Console
 
 from support.edge_runs import write_jsonl
 from support.federations import sums
+from tightbeam.federation.scenario import load_scenario
 from tightbeam.simulations import experiment
 from tightbeam.simulations.experiment import run_scenario
-from tightbeam.simulations.scenario import load_scenario
 
 SCENARIOS = sorted((Path(experiment.__file__).parent / "scenarios").glob("*.yaml"))
 CUTS = {"4:4": "1:1", "2:2": "1:1", "8:8": "2:2", "1:4": "1:1", "1:8": "1:2"}

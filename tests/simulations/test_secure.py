@@ -11,11 +11,11 @@ from rich.console import Console
 
 from support.federations import Playground, Signed
 from tightbeam.common.errors import FederationError, UsageError
-from tightbeam.common.federation.secagg import FixedPoint
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.apps.terms import CLIP
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.secagg import FixedPoint
+from tightbeam.federation.server.terms import CLIP
 from tightbeam.simulations.experiment import run_apps
-from tightbeam.simulations.grid import InProcessGrid
 
 SCALE = 2.0  # the state's B holds it
 

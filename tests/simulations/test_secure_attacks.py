@@ -17,12 +17,12 @@ from rich.console import Console
 from support.federations import Signed
 from support.secure_nodes import SecureNodes, adapter, secure_scenario
 from tightbeam.common.errors import CohortError
-from tightbeam.simulations.apps import secure
-from tightbeam.simulations.apps.client_app import app
-from tightbeam.simulations.apps.secure import SecureRounds, SecureSum
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.runtimes.grid import ClientCall
+from tightbeam.federation.server import secure
+from tightbeam.federation.server.global_adapter import from_record, to_record
+from tightbeam.federation.server.secure import SecureRounds, SecureSum
 from tightbeam.simulations.experiment import run_apps
-from tightbeam.simulations.global_adapter import from_record, to_record
-from tightbeam.simulations.grid import ClientCall
 
 VICTIM = 1
 NAMES = [f"client-{number:02d}" for number in range(5)]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from support.federations import Signed
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.runtimes import run_deployed, run_on_ray
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.choosing import run_deployed, run_on_ray
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 pytestmark = pytest.mark.slow

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import pytest
 
 from support.federations import Playground
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import UsageError
-from tightbeam.simulations.profiles import NetworkProfile
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.federation.profiles import NetworkProfile
 from tightbeam.simulations.shaping import ShapedLine, require_local
 
 SLACK_S = 2.0  # machines that test are busy; what matters is that nothing comes too early

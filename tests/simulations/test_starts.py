@@ -19,11 +19,11 @@ from flwr.superlink.grid import InMemoryGrid
 
 from support.clouds import free_port
 from tightbeam.common.errors import CloudUnavailableError, IdentityError, UsageError
-from tightbeam.common.node_keys import init_federation
-from tightbeam.simulations.apps import roster
-from tightbeam.simulations.apps.roster import Roster
-from tightbeam.simulations.flower import Flower
-from tightbeam.simulations.scenario import scenario_from_mapping
+from tightbeam.common.identity.node_keys import init_federation
+from tightbeam.federation.runtimes.flower import Flower
+from tightbeam.federation.scenario import scenario_from_mapping
+from tightbeam.federation.server import roster
+from tightbeam.federation.server.roster import Roster
 
 
 def _simulated(nodes: int) -> InMemoryGrid:

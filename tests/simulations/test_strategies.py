@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from support.federations import Playground
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.simulations.scenario import FLOWER_STRATEGIES, Scenario
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.federation.scenario import FLOWER_STRATEGIES, Scenario
 
 OURS = ("fedit", "ffa", "flora", "flexlora", "hetlora", "zeropad")
 MIXED = {"wide": {"clients": 1, "r": 8}, "narrow": {"clients": 1, "r": 2}}

@@ -9,12 +9,12 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from support.federations import figures
 from tightbeam.common.errors import CohortError, DataError
-from tightbeam.simulations.apps.replies import Node, failure_of
-from tightbeam.simulations.apps.strategy import FederatedLora
-from tightbeam.simulations.global_adapter import GlobalAdapter, from_record, layers_of, to_record
-from tightbeam.simulations.grid import InProcessGrid
-from tightbeam.simulations.journal import Journal
-from tightbeam.simulations.scenario import scenario_from_mapping
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.scenario import scenario_from_mapping
+from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, layers_of, to_record
+from tightbeam.federation.server.journal import Journal
+from tightbeam.federation.server.replies import Node, failure_of
+from tightbeam.federation.server.strategy import FederatedLora
 
 SHAPES = {"m.layers.5.q.lora_A.weight": (2, 6), "m.layers.5.q.lora_B.weight": (5, 2)}
 LAYERS = layers_of(SHAPES, "test")

@@ -8,11 +8,11 @@ from typing import Any
 import grpc
 import torch
 
-from tightbeam.common.identity import ephemeral_identity
+from tightbeam.common.identity.identities import ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, Session
 from tightbeam.common.wire.messages import encode_tensor, seal_message
 from tightbeam.common.wire.stepping import SESSION_KEY, TENANT_KEY
-from tightbeam.edge.channel import STEPS_METHOD, error_from_rpc
+from tightbeam.edge.link.channel import STEPS_METHOD, error_from_rpc
 from tightbeam.proto import backbone_pb2 as pb
 from tightbeam.proto.backbone_pb2_grpc import BackboneStub
 

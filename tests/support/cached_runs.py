@@ -13,12 +13,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from support.edge_runs import byte_tokenizer, quiet, tiny_llama, tiny_recipe
 from support.in_process import InProcessCloud
-from tightbeam.common.config import Codecs, Recipe
-from tightbeam.common.costs.rows import StepRow
-from tightbeam.common.runs import RunFolder
-from tightbeam.edge.channel import Channel, Exchange
-from tightbeam.edge.stepper import Stepper
-from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
+from tightbeam.common.accounts.rows import StepRow
+from tightbeam.edge.link.channel import Channel, Exchange
+from tightbeam.edge.link.stepper import Stepper
+from tightbeam.edge.recipe import Codecs, Recipe
+from tightbeam.edge.training.folder import RunFolder
+from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = [

@@ -29,7 +29,7 @@ def expire(certs: Path, name: str, *, stems: tuple[str, ...] = ("identity", "tls
 
 def look_away() -> None:
     """Runs in a process that is to use certificates which it should refuse: its clock stands still."""
-    from tightbeam.common import identity
+    from tightbeam.common.identity import identities as identity
 
     def no_matter(certificate: x509.Certificate, now: datetime, whose: str) -> None:
         return None

@@ -25,7 +25,7 @@ _FORKS.set_forkserver_preload(
     [
         "tightbeam.cli.app",
         "tightbeam.cloud.server",
-        "tightbeam.edge.run",
+        "tightbeam.edge.training.run",
         "transformers.models.llama.modeling_llama",
     ]
 )

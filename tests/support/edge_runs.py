@@ -16,9 +16,9 @@ from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from tightbeam.common.config import Recipe, load_recipe, recipe_from_mapping
-from tightbeam.common.costs.rows import StepBytes, StepRow
-from tightbeam.edge.training import LoadedModel, TrainResult, train_recipe
+from tightbeam.common.accounts.rows import StepBytes, StepRow
+from tightbeam.edge.recipe import Recipe, load_recipe, recipe_from_mapping
+from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
 
 __all__ = [
     "CHATML",

@@ -8,7 +8,9 @@ from typing import Any
 
 import yaml
 
-from tightbeam.common.costs import JsonlLedger, StepBytes, StepRow, wire_bytes
+from tightbeam.common.accounts.framing import wire_bytes
+from tightbeam.common.accounts.rows import StepBytes, StepRow
+from tightbeam.edge.report.meter import JsonlLedger
 
 __all__ = ["fake_run"]
 

@@ -15,11 +15,11 @@ from safetensors.numpy import load_file
 
 from support.commands import Command
 from support.edge_runs import byte_tokenizer, tiny_llama, write_jsonl
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.simulations.apps.client_app import app
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.federation.client.client_app import app
+from tightbeam.federation.runtimes.grid import ClientCall
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.simulations.experiment import run_apps, run_scenario
-from tightbeam.simulations.grid import ClientCall
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
 
 __all__ = ["TOPICS", "Playground", "Signed", "figures", "losing_texts", "save_backbone", "spoiled", "sums"]
 

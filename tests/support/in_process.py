@@ -27,10 +27,9 @@ from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.cloud.retention import Retention
 from tightbeam.cloud.server import _OPTIONS, _handlers
 from tightbeam.cloud.service import BackboneService
+from tightbeam.common.accounts.framing import wire_bytes
+from tightbeam.common.accounts.rows import StepBytes, StepRow
 from tightbeam.common.backbone import Cut, CutPolicy
-from tightbeam.common.config import Codecs
-from tightbeam.common.costs.framing import wire_bytes
-from tightbeam.common.costs.rows import StepBytes, StepRow
 from tightbeam.common.errors import (
     CloudBusyError,
     CloudUnavailableError,
@@ -38,16 +37,17 @@ from tightbeam.common.errors import (
     ProtocolError,
     TightbeamError,
 )
-from tightbeam.common.identity import Role, ephemeral_identity
+from tightbeam.common.identity.identities import Role, ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
 from tightbeam.common.wire.stepping import SESSION_KEY, billed_records
-from tightbeam.edge.carrier import RetryPolicy
-from tightbeam.edge.channel import Channel, Exchange
-from tightbeam.edge.split_model import build_split_model
-from tightbeam.edge.stepper import Stepper
-from tightbeam.edge.weights import BlobStore
+from tightbeam.edge.link.carrier import RetryPolicy
+from tightbeam.edge.link.channel import Channel, Exchange
+from tightbeam.edge.link.stepper import Stepper
+from tightbeam.edge.model.split_model import build_split_model
+from tightbeam.edge.model.weights import BlobStore
+from tightbeam.edge.recipe import Codecs
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = ["Fault", "FaultyChannel", "InProcessChannel", "InProcessCloud"]

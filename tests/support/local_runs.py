@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from support.edge_runs import byte_tokenizer
-from tightbeam.common.config import Recipe
 from tightbeam.edge.data import collate, load_examples, split_examples
-from tightbeam.edge.plan import Plan
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.training.plan import Plan
 
 __all__ = ["block_of", "local_losses"]
 

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from tightbeam.common.federation import Update
+from tightbeam.federation.math import Update
 
 LAYERS = {
     "base_model.model.model.layers.0.self_attn.q_proj": (24, 32),

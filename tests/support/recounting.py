@@ -23,8 +23,8 @@ from support.recounting_otherwise import (
     money,
 )
 from support.recounting_rows import Clients, Row
-from tightbeam.common.costs import Prices
-from tightbeam.simulations.scenario import FLOWER_STRATEGIES, Scenario
+from tightbeam.common.accounts.prices import Prices
+from tightbeam.federation.scenario import FLOWER_STRATEGIES, Scenario
 
 __all__ = ["Recount", "differences", "leaves"]
 

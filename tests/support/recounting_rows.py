@@ -14,12 +14,12 @@ from typing import Any
 
 from support.edge_runs import byte_tokenizer
 from support.flower_count import FlowerCount
-from tightbeam.common.config import TrainSection
-from tightbeam.common.costs.meter import read_ledger
-from tightbeam.edge.connection import connect
 from tightbeam.edge.data import Example, load_examples
-from tightbeam.edge.plan import Plan
-from tightbeam.simulations.scenario import Scenario
+from tightbeam.edge.link.connection import connect
+from tightbeam.edge.recipe import TrainSection
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.plan import Plan
+from tightbeam.federation.scenario import Scenario
 
 __all__ = ["Clients", "Row"]
 

@@ -9,7 +9,7 @@ import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 
-from tightbeam.common.federation.secagg import (
+from tightbeam.federation.secagg import (
     Answered,
     FixedPoint,
     Plan,
@@ -17,7 +17,7 @@ from tightbeam.common.federation.secagg import (
     SecAggServer,
     WeightedSum,
 )
-from tightbeam.common.federation.secagg.masks import ring_dtype
+from tightbeam.federation.secagg.masks import ring_dtype
 
 EXCHANGES = ("keys", "shares", "masked", "consent", "unmask")
 NEVER = len(EXCHANGES)

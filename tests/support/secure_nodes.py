@@ -10,14 +10,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from numpy.typing import NDArray
 
 from tightbeam.common.errors import TightbeamError
-from tightbeam.common.identity import load_identity
-from tightbeam.simulations.apps.participant import Client
-from tightbeam.simulations.apps.secure import SecureRounds, SecureSum, SecureTask, answer_step
-from tightbeam.simulations.apps.settings import Settings
-from tightbeam.simulations.apps.terms import Purpose
-from tightbeam.simulations.global_adapter import to_record
-from tightbeam.simulations.grid import InProcessGrid
-from tightbeam.simulations.scenario import Scenario, scenario_from_mapping
+from tightbeam.common.identity.identities import load_identity
+from tightbeam.federation.client.participant import Client
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.server.global_adapter import to_record
+from tightbeam.federation.server.secure import SecureRounds, SecureSum, SecureTask, answer_step
+from tightbeam.federation.server.terms import Purpose
 
 __all__ = ["SecureNodes", "adapter", "secure_scenario"]
 

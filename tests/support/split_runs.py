@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from support.edge_runs import byte_tokenizer, tiny_llama
-from tightbeam.common.costs.rows import StepBytes, StepRow
+from tightbeam.common.accounts.rows import StepBytes, StepRow
 from tightbeam.edge import connect
-from tightbeam.edge.carrier import RetryPolicy
-from tightbeam.edge.connection import Cloud
+from tightbeam.edge.link.carrier import RetryPolicy
+from tightbeam.edge.link.connection import Cloud
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = ["SplitRun", "save_tiny_model", "split_run"]

@@ -19,7 +19,7 @@ from tightbeam.common.errors import (
     ProtocolError,
     StaleHandshakeError,
 )
-from tightbeam.common.identity import (
+from tightbeam.common.identity.identities import (
     Identity,
     Role,
     Trust,

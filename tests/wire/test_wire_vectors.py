@@ -9,7 +9,7 @@ import pytest
 
 from support import make_wire_vectors
 from support import reference_wire as wire
-from tightbeam.common.identity import Role, ephemeral_identity
+from tightbeam.common.identity.identities import Role, ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys
 from tightbeam.common.wire.key_schedule import SUITES, Transcript, confirmation, derive_secrets, suite_name
 from tightbeam.common.wire.records import (

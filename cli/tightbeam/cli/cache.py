@@ -26,7 +26,7 @@ def info(folder: Folder) -> None:
 @app.command()
 def verify(folder: Folder, identity: IdentityFolder = None) -> None:
     """Decrypt every entry; exit code 1 when one is damaged."""
-    from tightbeam.common.identity import load_identity
+    from tightbeam.common.identity.identities import load_identity
     from tightbeam.edge.cache import identity_secret, verify_cache
 
     secret = None if identity is None else identity_secret(load_identity(identity))

@@ -10,7 +10,7 @@ from tightbeam.cli.options import say
 __all__ = ["app", "federation", "init"]
 
 if TYPE_CHECKING:
-    from tightbeam.common.authority import InitReport
+    from tightbeam.common.identity.authority import InitReport
 
 Clients = Annotated[list[str], typer.Option(metavar="NAME", help="An edge's name. Repeatable.")]
 Days = Annotated[int, typer.Option(min=1, help="How long the certificates count.")]
@@ -33,7 +33,7 @@ def init(
     days: Days = 365,
 ) -> None:
     """Make identities; run it again with the same folder to add clients."""
-    from tightbeam.common.authority import CLOUD_NAMES, init_certificates
+    from tightbeam.common.identity.authority import CLOUD_NAMES, init_certificates
 
     names = (*CLOUD_NAMES, *(host or []))
     _tell(init_certificates(folder, clients=client, cloud_names=names, days=days))
@@ -57,7 +57,7 @@ def federation(
     days: Days = 365,
 ) -> None:
     """Make identities, a SuperLink's TLS and node keys; run it again to add clients."""
-    from tightbeam.common.node_keys import init_federation
+    from tightbeam.common.identity.node_keys import init_federation
 
     clouds, fleets = cloud_host or (), fleet_host or ()
     _tell(init_federation(folder, clients=client, cloud_hosts=clouds, fleet_hosts=fleets, days=days))

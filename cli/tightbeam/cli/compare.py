@@ -17,11 +17,11 @@ def compare(
     settings: Settings = None,
 ) -> None:
     """Train the same task in several modes; print and write what each gives and takes."""
-    from tightbeam.common.config import load_recipe
+    from tightbeam.edge.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or [])  # before the slow imports: a typo is told at once
-    from tightbeam.common.costs.comparison import print_comparison
-    from tightbeam.edge.compare import compare as run
+    from tightbeam.edge.comparison.compare import compare as run
+    from tightbeam.edge.report.comparison import print_comparison
 
     results, page = run(checked, [mode.strip() for mode in modes.split(",") if mode.strip()])
     print_comparison(results)

@@ -14,7 +14,7 @@ app = typer.Typer(help="Look at recipes.", no_args_is_help=True, rich_markup_mod
 @app.command()
 def schema() -> None:
     """Print the JSON schema of a recipe, for editors."""
-    from tightbeam.common.config import Recipe
+    from tightbeam.edge.recipe import Recipe
 
     typer.echo(json.dumps(Recipe.model_json_schema(), indent=2))
 
@@ -22,10 +22,10 @@ def schema() -> None:
 @app.command()
 def check(recipe: RecipePath, settings: Settings = None) -> None:
     """Check a recipe and print it resolved: every key, defaults included."""
-    from tightbeam.common.config import load_recipe
+    from tightbeam.edge.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or [])
-    from tightbeam.edge.adapters import method_arguments  # slow: it asks PEFT
+    from tightbeam.edge.model.adapters import method_arguments  # slow: it asks PEFT
 
     method_arguments(checked.adapter)
     typer.echo(checked.resolved_yaml(), nl=False)

@@ -29,7 +29,7 @@ def register(
     """Admit nodes by their public keys; those that are known already stay."""
     import tempfile
 
-    from tightbeam.simulations.flower import Flower
+    from tightbeam.federation.runtimes.flower import Flower
 
     with tempfile.TemporaryDirectory() as home:
         for name in Flower.prepare(Path(home), "superlink", superlink, ca).register(roster):
@@ -48,16 +48,16 @@ def run(
 ) -> None:
     """Run a scenario with the nodes that are connected, one for each of its clients."""
     from tightbeam.common.errors import RecipeError
-    from tightbeam.simulations.installed import require_flower
-    from tightbeam.simulations.scenario import load_scenario
+    from tightbeam.federation.runtimes.requirements import require_flower
+    from tightbeam.federation.scenario import load_scenario
 
     checked = load_scenario(scenario, settings or [])
     require_flower()
     if checked.cloud.address is None:
         raise RecipeError(f"{scenario} names no cloud.", cure="Set cloud.address to where edges reach it.")
-    from tightbeam.simulations.apps.settings import Settings as RunSettings
-    from tightbeam.simulations.report import write_report
-    from tightbeam.simulations.runtimes import run_on_superlink
+    from tightbeam.federation.accounts.report import write_report
+    from tightbeam.federation.client.settings import Settings as RunSettings
+    from tightbeam.federation.runtimes.choosing import run_on_superlink
 
     where, cloud = checked.folder, checked.cloud
     assert cloud.address is not None

@@ -26,10 +26,10 @@ def report(
     ] = None,
 ) -> None:
     """Print what runs cost; write report.html, costs.json and costs.csv."""
-    from tightbeam.common.costs.prices import Prices
-    from tightbeam.common.costs.report import write_files
-    from tightbeam.common.costs.summary import summarise
-    from tightbeam.common.costs.table import print_table
+    from tightbeam.common.accounts.prices import Prices
+    from tightbeam.edge.report.report import write_files
+    from tightbeam.edge.report.summary import summarise
+    from tightbeam.edge.report.table import print_table
 
     costs = summarise(runs, Prices.load(prices) if prices else None)
     print_table(costs)

@@ -67,7 +67,7 @@ def serve(
     from tightbeam.cloud.projections import ProjectionOptions
     from tightbeam.cloud.server import ServeOptions
     from tightbeam.cloud.server import serve as serve_forever
-    from tightbeam.common.costs.prices import Prices
+    from tightbeam.common.accounts.prices import Prices
 
     options = ServeOptions(
         model=model,

@@ -15,10 +15,10 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's last checkpoint.")] = False,
 ) -> None:
     """Train an adapter here against a backbone there."""
-    from tightbeam.common.config import load_recipe
+    from tightbeam.edge.recipe import load_recipe
 
     checked = load_recipe(recipe, settings or [])  # before the slow imports: a typo is told at once
-    from tightbeam.edge.run import run_recipe
+    from tightbeam.edge.training.run import run_recipe
 
     result = run_recipe(checked, resume=resume)
     typer.echo(result.folder.path)

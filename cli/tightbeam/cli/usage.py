@@ -13,7 +13,7 @@ def usage(address: Address, identity: IdentityFolder = None, insecure: Insecure 
 
     from google.protobuf.json_format import MessageToDict
 
-    from tightbeam.common.costs.prices import Tariff
+    from tightbeam.common.accounts.prices import Tariff
     from tightbeam.edge import connect
 
     with connect(address, identity=identity, insecure=insecure) as cloud:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tightbeam.cloud.retention import Kept, Retention, StepKey
 from tightbeam.cloud.turns import TurnPool
+from tightbeam.common.accounts.flops import TrunkFlops
 from tightbeam.common.backbone import PackedTrunk, Projection, Segments, Taps
-from tightbeam.common.costs.flops import TrunkFlops
 from tightbeam.common.errors import CloudBusyError, NonFiniteError, ProtocolError, UnknownStepError
 
 __all__ = ["Done", "Engine"]

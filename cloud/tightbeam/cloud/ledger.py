@@ -22,7 +22,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
 from tightbeam.cloud.ledger_store import BYTE_COLUMNS, FLOPS_UNIT, RUNS, STEPS, SUMS, Store
-from tightbeam.common.costs.rows import StepBytes
+from tightbeam.common.accounts.rows import StepBytes
 from tightbeam.common.errors import StepConflictError
 
 __all__ = ["USAGE_PAGE", "Billed", "Ledger", "LedgerEntry", "RunUsage", "conflict"]

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
-from tightbeam.common.costs.rows import StepBytes
+from tightbeam.common.accounts.rows import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, LedgerError, TightbeamError, UsageError
 
 __all__ = ["BYTE_COLUMNS", "FLOPS_UNIT", "RUNS", "STEPS", "SUMS", "Store", "sums_of_steps"]

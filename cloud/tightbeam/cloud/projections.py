@@ -31,7 +31,7 @@ from tightbeam.common.backbone import (
     fill,
 )
 from tightbeam.common.errors import FingerprintError, UsageError
-from tightbeam.common.runs import atomic_write
+from tightbeam.common.files import atomic_write
 
 __all__ = ["ProjectionOptions", "check_projection", "fit_projection", "projection_blob", "provide_projection"]
 

@@ -22,11 +22,11 @@ from tightbeam.cloud.projections import ProjectionOptions
 from tightbeam.cloud.retention import Retention
 from tightbeam.cloud.rpc import reading
 from tightbeam.cloud.service import BackboneService
+from tightbeam.common.accounts.prices import PriceList
 from tightbeam.common.backbone import MAX_TAPS, CutPolicy
-from tightbeam.common.costs.prices import PriceList
 from tightbeam.common.devices import free_memory_bytes
 from tightbeam.common.errors import IdentityError, TightbeamError, UsageError
-from tightbeam.common.identity import Identity, Role, ephemeral_identity, load_identity
+from tightbeam.common.identity.identities import Identity, Role, ephemeral_identity, load_identity
 from tightbeam.common.wire.handshake import CloudKeys
 from tightbeam.common.wire.lines import LIVENESS
 from tightbeam.common.wire.records import CHUNK_BYTES

@@ -26,7 +26,7 @@ from tightbeam.common.errors import (
     TightbeamError,
     UsageError,
 )
-from tightbeam.common.identity import Trust
+from tightbeam.common.identity.identities import Trust
 from tightbeam.common.wire.handshake import CloudKeys
 from tightbeam.common.wire.stepping import SESSION_KEY
 from tightbeam.proto import backbone_pb2 as pb

@@ -18,9 +18,9 @@ from tightbeam.cloud.repeats import Repeats
 from tightbeam.cloud.retention import StepKey
 from tightbeam.cloud.tapping import TapRules
 from tightbeam.cloud.turns import TurnPool
+from tightbeam.common.accounts.framing import wire_bytes
+from tightbeam.common.accounts.rows import StepBytes
 from tightbeam.common.backbone import Segments, tap_name
-from tightbeam.common.costs.framing import wire_bytes
-from tightbeam.common.costs.rows import StepBytes
 from tightbeam.common.errors import CloudUnavailableError, ProtocolError, StepTooLargeError
 from tightbeam.common.wire.codecs import codec
 from tightbeam.common.wire.handshake import Session

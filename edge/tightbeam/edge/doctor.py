@@ -19,12 +19,12 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tightbeam.common.addresses import split_address
-from tightbeam.common.certificates import parse_certificate
 from tightbeam.common.errors import IdentityError, TightbeamError, UsageError
-from tightbeam.common.identity import Identity, load_identity
+from tightbeam.common.identity.certificates import parse_certificate
+from tightbeam.common.identity.identities import Identity, load_identity
 from tightbeam.common.wire.records import PROTOCOL
-from tightbeam.edge.carrier import RetryPolicy
-from tightbeam.edge.connection import connect
+from tightbeam.edge.link.carrier import RetryPolicy
+from tightbeam.edge.link.connection import connect
 from tightbeam.proto import backbone_pb2
 
 __all__ = ["Finding", "examine"]

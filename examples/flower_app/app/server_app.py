@@ -1,5 +1,5 @@
 """The server's app."""
 
-from tightbeam.simulations.apps.server_app import app
+from tightbeam.federation.server.server_app import app
 
 __all__ = ["app"]

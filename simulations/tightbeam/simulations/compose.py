@@ -28,7 +28,7 @@ from typing import Any, Self
 import yaml
 
 from tightbeam.common.errors import TightbeamError, UsageError
-from tightbeam.simulations.processes import Child, Children, signals_as_exit
+from tightbeam.federation.runtimes.processes import Child, Children, signals_as_exit
 
 __all__ = ["Composition", "Service", "main", "read_services"]
 

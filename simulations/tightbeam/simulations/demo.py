@@ -18,14 +18,14 @@ from typing import Any
 
 import yaml
 
-from tightbeam.common.authority import init_certificates
-from tightbeam.common.costs.meter import read_ledger
 from tightbeam.common.errors import UsageError
-from tightbeam.common.files import cache_folder
-from tightbeam.common.runs import RunFolder, atomic_write
+from tightbeam.common.files import atomic_write, cache_folder
+from tightbeam.common.identity.authority import init_certificates
+from tightbeam.edge.report.meter import read_ledger
+from tightbeam.edge.training.folder import RunFolder
+from tightbeam.federation.runtimes.processes import Child, Children, signals_as_exit
 from tightbeam.simulations.averaging import average_adapters
 from tightbeam.simulations.demo_inputs import EdgeTexts, prepare_model, prepare_texts
-from tightbeam.simulations.processes import Child, Children, signals_as_exit
 
 __all__ = ["CUT", "demo_recipe", "run_demo"]
 
@@ -64,9 +64,9 @@ def run_demo(*, model: str | None, data: Sequence[Path], steps: int, output: Pat
             _watch(children, edges, [folder / name for name in names], steps)
             _judge(asker, results, folder)
     _print(results)
-    from tightbeam.common.costs.report import write_files
-    from tightbeam.common.costs.summary import summarise
-    from tightbeam.common.costs.table import print_table
+    from tightbeam.edge.report.report import write_files
+    from tightbeam.edge.report.summary import summarise
+    from tightbeam.edge.report.table import print_table
 
     costs = summarise([folder / name for name in names])
     print_table(costs)

@@ -22,8 +22,8 @@ from pathlib import Path
 import yaml
 
 from tightbeam.common.errors import TightbeamError
-from tightbeam.common.runs import atomic_write
-from tightbeam.simulations.installed import missing
+from tightbeam.common.files import atomic_write
+from tightbeam.federation.runtimes.requirements import missing
 
 __all__ = [
     "CORPUS",

@@ -17,25 +17,24 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from rich.console import Console
 
-from tightbeam.common.authority import init_certificates
 from tightbeam.common.errors import UsageError
-from tightbeam.common.files import cache_folder
+from tightbeam.common.files import atomic_write, cache_folder
+from tightbeam.common.identity.authority import init_certificates
 from tightbeam.common.locks import FolderLock
-from tightbeam.common.runs import atomic_write
+from tightbeam.federation.accounts.progress import FederationProgress
+from tightbeam.federation.runtimes.processes import Children, signals_as_exit
+from tightbeam.federation.runtimes.requirements import require_accountant, require_flower, require_ray
+from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.journal import require_unused
 from tightbeam.simulations.demo_inputs import prepare_model
-from tightbeam.simulations.installed import require_accountant, require_flower, require_ray
-from tightbeam.simulations.journal import require_unused
-from tightbeam.simulations.processes import Children, signals_as_exit
-from tightbeam.simulations.progress import FederationProgress
-from tightbeam.simulations.scenario import Scenario
 from tightbeam.simulations.shaping import require_local
 from tightbeam.simulations.shards import client_files
 
 __all__ = ["Runtime", "require_flower", "run_apps", "run_scenario"]
 
 if TYPE_CHECKING:
-    from tightbeam.simulations.apps.settings import Settings
-    from tightbeam.simulations.grid import ClientCall
+    from tightbeam.federation.client.settings import Settings
+    from tightbeam.federation.runtimes.grid import ClientCall
 
 Runtime = Literal["in-process", "ray", "deployed"]
 _READY_S = 600.0  # a busy machine loads a model and fits its taps slowly
@@ -84,10 +83,10 @@ def _run(scenario: Scenario, resume: bool, runtime: Runtime, shape: bool, consol
         if runtime == "in-process":
             run_apps(scenario, address, identities, console=console, resume=resume, shape=shape)
         else:
-            from tightbeam.simulations.apps.settings import Settings
+            from tightbeam.federation.client.settings import Settings
 
             _run_flower(runtime, Settings(scenario, address, identities, folder, resume, shape))
-    from tightbeam.simulations.report import write_report
+    from tightbeam.federation.accounts.report import write_report
 
     return write_report(folder, scenario)
 
@@ -109,10 +108,10 @@ def run_apps(
     import logging
 
     # Slow to import: a cloud that was just started is loading its model meanwhile.
-    from tightbeam.simulations.apps.client_app import app
-    from tightbeam.simulations.apps.server_app import app as server_app
-    from tightbeam.simulations.apps.settings import Settings
-    from tightbeam.simulations.grid import Exchange, InProcessGrid, run_in_process
+    from tightbeam.federation.client.client_app import app
+    from tightbeam.federation.client.settings import Settings
+    from tightbeam.federation.runtimes.grid import Exchange, InProcessGrid, run_in_process
+    from tightbeam.federation.server.server_app import app as server_app
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
     config = Settings(scenario, address, identities, scenario.folder, resume, shape).run_config()
@@ -128,7 +127,7 @@ def run_apps(
 
 
 def _run_flower(runtime: Runtime, settings: "Settings") -> None:
-    from tightbeam.simulations.runtimes import run_deployed, run_on_ray
+    from tightbeam.federation.runtimes.choosing import run_deployed, run_on_ray
 
     (run_on_ray if runtime == "ray" else run_deployed)(settings)
 

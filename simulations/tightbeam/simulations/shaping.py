@@ -19,7 +19,7 @@ from typing import Self
 
 from tightbeam.common.addresses import is_loopback
 from tightbeam.common.errors import UsageError
-from tightbeam.simulations.profiles import NetworkProfile
+from tightbeam.federation.profiles import NetworkProfile
 
 __all__ = ["ShapedLine", "require_local"]
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from tightbeam.common.errors import DataError
-from tightbeam.common.files import cache_folder
-from tightbeam.common.runs import atomic_write
+from tightbeam.common.files import atomic_write, cache_folder
 from tightbeam.edge.data.reading import read_records
+from tightbeam.federation.scenario import Scenario
 from tightbeam.simulations.demo_inputs import CORPUS, chats_from_corpus, fetch
 from tightbeam.simulations.partition import deal
-from tightbeam.simulations.scenario import Scenario
 
 __all__ = ["DEMO_TOPICS", "client_files", "deal_rows", "demo_rows", "read_rows"]
 

@@ -25,7 +25,7 @@ from typing import TypeVar
 from cryptography.exceptions import InvalidSignature
 
 from tightbeam.common.errors import FingerprintError, IdentityError, ProtocolError, StaleHandshakeError
-from tightbeam.common.identity import Identity, Role, Trust
+from tightbeam.common.identity.identities import Identity, Role, Trust
 from tightbeam.common.wire.kem import KEM_PUBLIC_BYTES, SEALED_SECRET_BYTES, KemKey, seal_secret
 from tightbeam.common.wire.key_schedule import (
     SUITES,

@@ -17,8 +17,8 @@ import torch
 from tightbeam.common.backbone import Segments
 from tightbeam.edge.cache.keys import sample_digest
 from tightbeam.edge.cache.shortcut import TrunkShortcut
-from tightbeam.edge.carrier import Flight
-from tightbeam.edge.packed_rows import PackedRows
+from tightbeam.edge.link.carrier import Flight
+from tightbeam.edge.model.packed_rows import PackedRows
 
 __all__ = ["Filler", "Pass", "Sample"]
 

@@ -19,7 +19,7 @@ import numpy as np
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
-from tightbeam.common.identity import Identity
+from tightbeam.common.identity.identities import Identity
 
 __all__ = ["NAME_BYTES", "CacheKeys", "Scope", "identity_secret", "sample_digest"]
 

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from safetensors.numpy import save
 
 from tightbeam.common.errors import IntegrityError
-from tightbeam.common.runs import atomic_write
+from tightbeam.common.files import atomic_write
 from tightbeam.edge.cache.keys import CacheKeys, Scope
 
 __all__ = ["OVERHEAD_BYTES", "SUFFIX", "OpenShard", "Shard", "read_header"]

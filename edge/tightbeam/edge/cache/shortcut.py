@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from tightbeam.common.accounts.rows import Purpose
 from tightbeam.common.backbone import Packer, Segments, SegmentTable, dissect
-from tightbeam.common.costs.rows import Purpose
 from tightbeam.common.errors import CodecError, UsageError
 from tightbeam.edge.cache.keys import Scope, sample_digest
 from tightbeam.edge.cache.rows import pack_entry, unpack_entry
 from tightbeam.edge.cache.store import ActivationCache
-from tightbeam.edge.remote_trunk import PassThrough, RemoteTrunk
-from tightbeam.edge.stepper import Answer
+from tightbeam.edge.link.stepper import Answer
+from tightbeam.edge.model.remote_trunk import PassThrough, RemoteTrunk
 
 __all__ = ["FrozenParts", "Lookup", "TrunkShortcut", "add_noise", "bottom_output", "passed_through"]
 

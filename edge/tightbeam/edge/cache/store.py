@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from tightbeam.common.errors import IdentityError, IntegrityError, TightbeamError, UsageError
+from tightbeam.common.files import atomic_write, write_failed
 from tightbeam.common.locks import FolderLock
-from tightbeam.common.runs import atomic_write, write_failed
 from tightbeam.edge.cache.keys import CacheKeys, Scope
 from tightbeam.edge.cache.shards import OVERHEAD_BYTES, SUFFIX, OpenShard, Shard
 

@@ -8,10 +8,10 @@ from typing import Self
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from tightbeam.common.config import DataSection
 from tightbeam.edge.data.examples import Example, load_dataset
 from tightbeam.edge.data.limits import Limits
 from tightbeam.edge.data.order import split_examples
+from tightbeam.edge.recipe import DataSection
 
 __all__ = ["Splits"]
 

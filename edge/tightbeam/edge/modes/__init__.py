@@ -2,12 +2,12 @@
 
 from transformers import PreTrainedModel
 
-from tightbeam.common.config import Recipe
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.modes.base import Job, Mode
 from tightbeam.edge.modes.freeze import Freeze
 from tightbeam.edge.modes.side import Side
 from tightbeam.edge.modes.top import FrozenBottom, Top
+from tightbeam.edge.recipe import Recipe
 
 __all__ = ["Freeze", "FrozenBottom", "Job", "Mode", "Side", "Top", "mode_for", "trained_blocks"]
 

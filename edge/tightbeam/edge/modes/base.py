@@ -13,11 +13,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.flops import EdgeFlops
+from tightbeam.common.accounts.flops import EdgeFlops
 from tightbeam.edge.data import Example
 from tightbeam.edge.modes.budget import Budget
-from tightbeam.edge.plan import Plan
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.training.plan import Plan
 
 __all__ = ["Job", "Mode"]
 

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 from peft import PeftModel
 
-from tightbeam.common.config import Recipe
-from tightbeam.common.costs.modes import TokenBytes
 from tightbeam.common.errors import BudgetError
 from tightbeam.edge.cache.filler import Pass
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.data import Example
+from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.report.modes import TokenBytes
 
 __all__ = ["Budget"]
 

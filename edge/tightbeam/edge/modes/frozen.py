@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from tightbeam.common.costs.flops import EdgeFlops, linear_params
+from tightbeam.common.accounts.flops import EdgeFlops, linear_params
 from tightbeam.edge.cache import ActivationCache, Scope
 from tightbeam.edge.cache.filler import Filler, Sample
 from tightbeam.edge.cache.shortcut import FrozenParts, TrunkShortcut, passed_through
 from tightbeam.edge.data import Example
+from tightbeam.edge.model.packed_rows import PackedRows
 from tightbeam.edge.modes.base import Job
 from tightbeam.edge.modes.last_block import last_mlp, left_out
 from tightbeam.edge.modes.packed import PackedBatch, packed_attention_in, packed_loss
-from tightbeam.edge.packed_rows import PackedRows
 
 __all__ = ["FrozenPhase", "freeze_below"]
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from tightbeam.common.backbone import PACKED_ATTENTION
 from tightbeam.edge.cache import sample_digest
 from tightbeam.edge.data import IGNORED
+from tightbeam.edge.model.packed_rows import PackedRows
 from tightbeam.edge.modes.last_block import mlp_only_for
-from tightbeam.edge.packed_rows import PackedRows
 
 __all__ = ["PackedBatch", "packed_attention_in", "packed_loss"]
 

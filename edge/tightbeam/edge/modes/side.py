@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from tightbeam.common.costs.flops import EdgeFlops, attention_width, linear_params
+from tightbeam.common.accounts.flops import EdgeFlops, attention_width, linear_params
 from tightbeam.edge.cache import ActivationCache, Scope
 from tightbeam.edge.cache.filler import Sample
 from tightbeam.edge.cache.shortcut import TrunkShortcut, passed_through

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tightbeam.common.errors import CutError, FingerprintError, UsageError
-from tightbeam.common.runs import atomic_write
+from tightbeam.common.files import atomic_write
 from tightbeam.edge.side.ladder import side_parameters
 from tightbeam.edge.side.path import SidePath, SidePlan, plan_side, side_of, split_cut
 from tightbeam.proto.backbone_pb2 import Card

@@ -31,8 +31,8 @@ from tightbeam.common.errors import UsageError
 from tightbeam.common.wire.codecs import codec
 from tightbeam.edge.cache.rows import storage_codec, unpack_entry
 from tightbeam.edge.cache.shortcut import FrozenParts, Lookup, TrunkShortcut
+from tightbeam.edge.link.stepper import Answer
 from tightbeam.edge.side.ladder import Ladder
-from tightbeam.edge.stepper import Answer
 from tightbeam.proto.backbone_pb2 import Card
 
 __all__ = ["SidePath", "SidePlan", "add_side", "choose_taps", "plan_side", "side_of", "split_cut"]

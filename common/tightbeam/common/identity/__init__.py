@@ -1,0 +1,1 @@
+"""Who is who: identities, certificates, and the authority that issues them."""

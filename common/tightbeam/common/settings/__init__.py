@@ -1,0 +1,1 @@
+"""Settings files: reading YAML, checking it, and saying what is wrong."""

@@ -1,0 +1,1 @@
+"""One task trained in several modes, side by side."""

@@ -1,0 +1,1 @@
+"""To the cloud and back: connection, channel, retries, steps."""

@@ -1,0 +1,1 @@
+"""The split model: a transformers model whose trunk is elsewhere."""

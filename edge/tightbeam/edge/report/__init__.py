@@ -1,0 +1,1 @@
+"""From ledgers to reports: reading, sums, predictions, pages."""

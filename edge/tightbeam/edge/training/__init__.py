@@ -1,0 +1,1 @@
+"""The training loop, the run that it belongs to, and what a run leaves behind."""

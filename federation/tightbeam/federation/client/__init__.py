@@ -1,0 +1,23 @@
+"""One client in one round: it wears the adapter that it is sent, trains it, hands it back.
+
+No Flower here: arrays in, arrays and figures out. Names of arrays are those of PEFT's files.
+"""
+
+from tightbeam.federation.client.adapter import LADDER, SplitAdapter, ladder_prefix
+from tightbeam.federation.client.lender import AdapterShape, Lender, pad_id
+from tightbeam.federation.client.work import CachePlace, LocalTask, Work, Workplace
+from tightbeam.edge.link.offer import held_bytes
+
+__all__ = [
+    "LADDER",
+    "AdapterShape",
+    "CachePlace",
+    "Lender",
+    "LocalTask",
+    "SplitAdapter",
+    "Work",
+    "Workplace",
+    "held_bytes",
+    "ladder_prefix",
+    "pad_id",
+]

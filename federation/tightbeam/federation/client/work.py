@@ -1,0 +1,254 @@
+"""A client's work in one message: local steps, or an evaluation, in any mode of the product.
+
+The modes are those of `tightbeam train`. What crosses once is kept in the client's own sealed cache, which is
+opened for one message and closed again: a simulated client must not hold files while others work.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tightbeam.edge.recipe import (
+    CacheSection,
+    DataSection,
+    ModelSection,
+    OutputSection,
+    Recipe,
+    TrainSection,
+)
+from tightbeam.edge.report.meter import peak_memory_bytes
+from tightbeam.common.accounts.rows import StepRow
+from tightbeam.common.errors import NonFiniteError
+from tightbeam.edge.data import IGNORED, Example, collate
+from tightbeam.federation.client.adapter import SplitAdapter
+from tightbeam.federation.client.lender import AdapterShape
+from tightbeam.edge.modes import FrozenBottom, Job, Mode, Side, Top
+from tightbeam.edge.training.plan import Plan
+
+__all__ = ["CachePlace", "LocalTask", "Work", "Workplace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTask:
+    """One client's work in one round."""
+
+    steps: int  # optimizer steps
+    batch_size: int
+    lr: float
+    optimizer: str  # "adamw" or "sgd", both without weight decay
+    max_grad_norm: float  # 0 does not clip
+    proximal: float  # FedProx's mu
+    first_step: int  # where in the client's own order of examples this round begins
+    order_seed: int
+    dropout_seed: int
+    only_B: bool = False  # FFA: A is frozen
+
+    @property
+    def section(self) -> TrainSection:
+        """As a recipe says it: all steps up to the end of this round."""
+        return TrainSection(steps=self.first_step + self.steps, batch_size=self.batch_size)
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlace:
+    """A client's own activation cache."""
+
+    folder: Path
+    secret: bytes | None  # of its identity
+    max_gb: float  # 10^9 bytes; 0 keeps nothing
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What a client did, for its ledger and for the report."""
+
+    loss: float = 0.0  # mean over learned tokens, nats
+    tokens: int = 0  # worked on, whether they crossed or not
+    learned_tokens: int = 0
+    steps: int = 0
+    edge_flops: int = 0
+    wall_s: float = 0.0
+    edge_s: float = 0.0  # of them, not waiting for the cloud
+    memory_bytes: int = 0  # the most that this process has held
+    rows: list[StepRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workplace:
+    """A dressed adapter with what its mode needs."""
+
+    lent: SplitAdapter
+    shape: AdapterShape
+    fingerprint: str  # of the backbone
+    pad_id: int
+    cache: CachePlace
+    frozen: bool = False  # the bottom keeps what it has learned and learns no more
+
+    def plan_tokens(self, examples: Sequence[Example], task: LocalTask) -> int:
+        """Tokens that `train` will send, padding left out."""
+        with self._mode(task, train=examples) as mode:
+            return sum(len(e.input_ids) for e in mode.crossing(_flat(examples, task)))
+
+    def planned_flops(self, examples: Sequence[Example], task: LocalTask) -> int:
+        """Operations that `train` will take at the edge."""
+        with self._mode(task, train=examples) as mode:
+            filling = mode.filling_flops(mode.crossing(_flat(examples, task)))
+            return filling + sum(mode.flops(self._batch(batch)) for batch in _batches(examples, task))
+
+    @torch.no_grad()
+    def planned_evaluation(self, examples: Sequence[Example], batch_size: int) -> tuple[int, int]:
+        """Tokens that `evaluate` will send, and operations that it will take at the edge."""
+        with self._mode(_no_steps(batch_size), held_out=examples) as mode:
+            crossing = mode.crossing(examples)
+            flops = mode.filling_flops(crossing)
+            flops += sum(mode.flops(self._batch(batch)) for batch in _by_length(examples, batch_size))
+        return sum(len(example.input_ids) for example in crossing), flops
+
+    def train(self, examples: Sequence[Example], task: LocalTask, rows: list[StepRow]) -> Work:
+        """Run the task's steps; `rows` is where the connection puts the accounts of its steps.
+
+        Raises `NonFiniteError` for a loss or gradient that is not finite, and what the steps raise.
+        """
+        began_s, work = time.perf_counter(), Work(rows=rows)
+        torch.manual_seed(task.dropout_seed)
+        with self._mode(task, train=examples) as mode:
+            work.edge_flops = mode.filling_flops(mode.crossing(_flat(examples, task)))
+            trained = [p for p in self.lent.model.parameters() if p.requires_grad]
+            anchor = [p.detach().clone() for p in trained]
+            make = torch.optim.AdamW if task.optimizer == "adamw" else torch.optim.SGD
+            optimizer = make(trained, lr=task.lr, weight_decay=0.0)
+            self.lent.model.train()
+            for step, batch_of_examples in enumerate(_batches(examples, task), task.first_step):
+                mode.before_step(step)
+                batch = self._batch(batch_of_examples)
+                loss = mode.loss(batch)
+                _count(work, batch, float(loss.detach()))
+                if task.proximal:
+                    drift = sum((p - a).square().sum() for p, a in zip(trained, anchor, strict=True))
+                    loss = loss + task.proximal / 2 * drift
+                loss.backward()
+                work.edge_flops += mode.flops(batch)
+                _clip(trained, task.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        return self._finish(work, began_s)
+
+    @torch.no_grad()
+    def evaluate(self, examples: Sequence[Example], batch_size: int, rows: list[StepRow]) -> Work:
+        """Mean loss over all learned tokens of the examples."""
+        began_s, work = time.perf_counter(), Work(rows=rows)
+        with self._mode(_no_steps(batch_size), held_out=examples) as mode:
+            work.edge_flops = mode.filling_flops(mode.crossing(examples))
+            mode.before_evaluation()
+            self.lent.model.eval()
+            for batch_of_examples in _by_length(examples, batch_size):
+                batch = self._batch(batch_of_examples)
+                _count(work, batch, float(mode.loss(batch)))
+                work.edge_flops += mode.flops(batch)
+        return self._finish(work, began_s)
+
+    @contextmanager
+    def _mode(
+        self, task: LocalTask, *, train: Sequence[Example] = (), held_out: Sequence[Example] = ()
+    ) -> Iterator[Mode]:
+        """The mode of one message, at whose end its cache is written and released."""
+        side = self.shape.mode == "side"
+        self.lent.learn(only_B=task.only_B, only_above=self.frozen and side)
+        job = Job(
+            recipe=self._recipe(task),
+            model=self.lent.model,
+            plan=Plan(len(train), task.section, task.order_seed),
+            train=train,
+            eval=held_out,
+            fingerprint=self.fingerprint,
+            cache_folder=self.cache.folder,
+            cache_secret=self.cache.secret,
+            say=lambda line: None,
+            moved_bytes=lambda: 0,
+        )
+        if side:
+            mode: Mode = Side(job, task.first_step)
+        elif self.shape.mode == "top":
+            mode = Top(job, task.first_step)
+        else:
+            mode = FrozenBottom(job, task.first_step) if self.frozen else Mode(job)
+        try:
+            yield mode
+        finally:
+            mode.close()
+
+    def _recipe(self, task: LocalTask) -> Recipe:
+        """Modes are told by recipes; what concerns files and the connection is not asked for here."""
+        keep = self.cache.max_gb > 0
+        return Recipe(
+            model=ModelSection(cloud="federation:1"),
+            cut=self.shape.cut,
+            adapter=self.shape.section(),
+            data=DataSection(train=Path("train.jsonl")),
+            train=task.section,
+            cache=CacheSection(max_gb=self.cache.max_gb) if keep else CacheSection(enabled=False),
+            output=OutputSection(name="client"),
+        )
+
+    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        device = self.lent.parts.device
+        return {name: tensor.to(device) for name, tensor in collate(examples, self.pad_id).items()}
+
+    def _finish(self, work: Work, began_s: float) -> Work:
+        work.wall_s = time.perf_counter() - began_s
+        work.edge_s = max(work.wall_s - sum(row.blocked_s for row in work.rows), 0.0)
+        work.memory_bytes = peak_memory_bytes(str(self.lent.parts.device))
+        return work
+
+
+def _no_steps(batch_size: int) -> LocalTask:
+    """An evaluation trains nothing."""
+    return LocalTask(
+        steps=1, batch_size=batch_size, lr=1.0, optimizer="sgd", max_grad_norm=0, proximal=0,
+        first_step=0, order_seed=0, dropout_seed=0,
+    )  # fmt: skip
+
+
+def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
+    """Batches with little padding."""
+    ordered = sorted(examples, key=lambda example: len(example.input_ids))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def _batches(examples: Sequence[Example], task: LocalTask) -> list[list[Example]]:
+    plan = Plan(len(examples), task.section, task.order_seed)
+    steps = range(task.first_step, task.first_step + task.steps)
+    return [[examples[row] for row in rows] for step in steps for rows in plan.micro_batches(step)]
+
+
+def _flat(examples: Sequence[Example], task: LocalTask) -> list[Example]:
+    return [example for batch in _batches(examples, task) for example in batch]
+
+
+def _count(work: Work, batch: dict[str, Tensor], loss: float) -> None:
+    learned = int((batch["labels"][:, 1:] != IGNORED).sum())
+    total = work.loss * work.learned_tokens + _require_finite(loss, "loss") * learned
+    work.learned_tokens += learned
+    work.loss = total / work.learned_tokens
+    work.tokens += int(batch["attention_mask"].sum())
+    work.steps += 1
+
+
+def _clip(trained: list[nn.Parameter], max_grad_norm: float) -> None:
+    norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf)
+    _require_finite(float(norm), "gradient norm")
+
+
+def _require_finite(value: float, what: str) -> float:
+    if math.isfinite(value):
+        return value
+    raise NonFiniteError(
+        f"The {what} of a local step is {value}; this client hands in no update.",
+        cure="Lower train.lr or train.max_grad_norm.",
+    )
