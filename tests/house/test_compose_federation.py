@@ -45,7 +45,7 @@ def sources(service: dict[str, Any]) -> dict[str, str]:
 
 def exposed_keys(services: Services) -> dict[str, set[str]]:
     """Parts of the certificates' folder that each service sees."""
-    start = "./federation/certs"
+    start = "./data/federation/certs"
     return {
         name: {s.removeprefix(start).strip("/") for s in sources(body).values() if s.startswith(start)}
         for name, body in services.items()
@@ -90,8 +90,8 @@ def test_everybody_has_their_own_keys_and_nobody_an_authority(services: Services
 @pytest.mark.parametrize("name", EDGES)
 def test_an_edge_has_its_own_texts_and_its_own_number(services: Services, name: str) -> None:
     mounts, words = sources(services[name]), services[name]["command"]
-    assert mounts["/data"] == f"./federation/data/{name}"
-    assert mounts["/srv/runs"] == f"./federation/runs/{name}"
+    assert mounts["/data"] == f"./data/federation/data/{name}"
+    assert mounts["/srv/runs"] == f"./data/federation/runs/{name}"
     (config,) = (word.partition("=")[2] for word in words if word.startswith("--node-config="))
     said = dict(part.split("=") for part in config.split())
     assert said["partition-id"] == str(EDGES.index(name))

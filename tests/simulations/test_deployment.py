@@ -39,7 +39,9 @@ def _ask(
 ) -> tuple[int, bytes]:
     """One request, its path sent as it is; trust is that of an edge."""
     name, port = service
-    trust = ssl.create_default_context(cafile=composition.project / "federation/certs/nodes/client-00/ca.crt")
+    trust = ssl.create_default_context(
+        cafile=composition.project / "data/federation/certs/nodes/client-00/ca.crt"
+    )
     connection = http.client.HTTPSConnection(composition.host(name), port, context=trust, timeout=30)
     try:
         connection.request(method, path, body, PROTOBUF)
@@ -97,7 +99,7 @@ def test_an_edge_is_refused_everything_but_the_fleet_interface(
 
 def test_an_edge_cannot_start_a_run_with_flowers_own_client(gate: Composition, tmp_path: Path) -> None:
     """Through the filter nothing starts; behind it the same command does, and nobody asks who one is."""
-    ca = gate.project / "federation/certs/nodes/client-00/ca.crt"
+    ca = gate.project / "data/federation/certs/nodes/client-00/ca.crt"
     edge, operator = (
         Flower.prepare(tmp_path / name, "superlink", f"{gate.host(name)}:{port}", ca)
         for name, port in (FLEET, SUPERLINK)
@@ -106,10 +108,10 @@ def test_an_edge_cannot_start_a_run_with_flowers_own_client(gate: Composition, t
         with pytest.raises(FederationError, match=r"403 Forbidden.*Speak to the SuperLink itself"):
             edge.ask(*words)
     with pytest.raises(FederationError, match="403 Forbidden"):
-        edge.register(gate.project / "federation/certs/roster")
+        edge.register(gate.project / "data/federation/certs/roster")
     assert operator.ask("run", ".", "superlink")["run-id"]
-    assert operator.register(gate.project / "federation/certs/roster") == list(EDGES)
-    assert operator.register(gate.project / "federation/certs/roster") == [], "they are known now"
+    assert operator.register(gate.project / "data/federation/certs/roster") == list(EDGES)
+    assert operator.register(gate.project / "data/federation/certs/roster") == [], "they are known now"
     nothing = ListRunsRequest().SerializeToString()
     status, body = _ask(gate, SUPERLINK, "POST", "/v1/control/list-runs", nothing)
     assert status == 200

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from tightbeam.common.settings.sections import Section
 from tightbeam.common.accounts.rows import StepRow
+from tightbeam.common.settings.sections import Section
 
 __all__ = ["DEVICES", "NETWORKS", "Budget", "DeviceProfile", "NetworkProfile", "steps_seconds"]
 

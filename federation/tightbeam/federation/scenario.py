@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tightbeam.edge.recipe import Address, Codecs, CutText, SideSection
 from tightbeam.common.settings.sections import Section, checked_section
 from tightbeam.common.settings.yaml_text import read_mapping
+from tightbeam.edge.recipe import Address, Codecs, CutText, SideSection
 from tightbeam.federation.profiles import DEVICES, NETWORKS, Budget, DeviceProfile, NetworkProfile
 
 __all__ = [

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tightbeam.common.accounts.prices import Prices
-from tightbeam.federation.server.pricing import with_offers
 from tightbeam.federation.accounts.schema import Costs, Exported, Headline
+from tightbeam.federation.server.pricing import with_offers
 
 __all__ = ["exported_of", "headline_of"]
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tightbeam.edge.report.modes import TokenBytes
-from tightbeam.federation.server.journal import Row
 from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.journal import Row
 
 __all__ = ["Job", "job_of"]
 

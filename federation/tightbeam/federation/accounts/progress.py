@@ -10,8 +10,8 @@ from rich.live import Live
 from rich.table import Table
 
 from tightbeam.edge.report.units import bytes_text, joules_text, seconds_text
-from tightbeam.federation.server.journal import moved_bytes, slow_clients
 from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.journal import moved_bytes, slow_clients
 
 __all__ = ["FederationProgress"]
 

@@ -5,13 +5,13 @@ import io
 from pathlib import Path
 from typing import Any
 
-from tightbeam.edge.report.pages import render
 from tightbeam.common.accounts.prices import Prices
 from tightbeam.common.files import atomic_write
-from tightbeam.federation.accounts.sums import account
+from tightbeam.edge.report.pages import render
 from tightbeam.federation.accounts.alternatives import FLOWERTUNE_BUDGET_MB
-from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.accounts.schema import ClientAccount, Costs, FederationAccount, RoundAccount
+from tightbeam.federation.accounts.sums import account
+from tightbeam.federation.scenario import Scenario
 
 __all__ = ["to_csv", "to_html", "write_report"]
 

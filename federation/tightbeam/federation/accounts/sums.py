@@ -7,16 +7,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from tightbeam.edge.report.meter import read_ledger
 from tightbeam.common.accounts.prices import Prices
 from tightbeam.common.errors import DataError
+from tightbeam.edge.report.meter import read_ledger
 from tightbeam.federation.accounts.alternatives import alternatives
 from tightbeam.federation.accounts.headline import exported_of, headline_of
 from tightbeam.federation.accounts.job import job_of
-from tightbeam.federation.server.journal import Row, slow_clients
-from tightbeam.federation.server.pricing import moved_bytes, tariff_of, with_offers
-from tightbeam.federation.server.resuming import scenario_told
-from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.federation.accounts.schema import (
     Absence,
     ClientAccount,
@@ -27,6 +23,10 @@ from tightbeam.federation.accounts.schema import (
     PrivacyAccount,
     RoundAccount,
 )
+from tightbeam.federation.scenario import Scenario, scenario_from_mapping
+from tightbeam.federation.server.journal import Row, slow_clients
+from tightbeam.federation.server.pricing import moved_bytes, tariff_of, with_offers
+from tightbeam.federation.server.resuming import scenario_told
 
 __all__ = ["account"]
 

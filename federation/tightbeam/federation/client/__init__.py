@@ -3,10 +3,10 @@
 No Flower here: arrays in, arrays and figures out. Names of arrays are those of PEFT's files.
 """
 
+from tightbeam.edge.link.offer import held_bytes
 from tightbeam.federation.client.adapter import LADDER, SplitAdapter, ladder_prefix
 from tightbeam.federation.client.lender import AdapterShape, Lender, pad_id
 from tightbeam.federation.client.work import CachePlace, LocalTask, Work, Workplace
-from tightbeam.edge.link.offer import held_bytes
 
 __all__ = [
     "LADDER",

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from tightbeam.common.errors import UpdateRefusedError
-from tightbeam.federation.math import Arrays, LoraAdapter, LoraModule, fold
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.model.remote_trunk import RemoteTrunk
 from tightbeam.edge.side import SidePlan, save_side, side_of, side_parameters
+from tightbeam.federation.math import Arrays, LoraAdapter, LoraModule, fold
 
 __all__ = ["LADDER", "SplitAdapter", "ladder_prefix"]
 

@@ -22,19 +22,19 @@ from flwr.clientapp import ClientApp
 from tightbeam.common.accounts.prices import PriceList
 from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.errors import TightbeamError
-from tightbeam.federation.math import LoraAdapter, parse_adapter
 from tightbeam.edge.link.connection import Cloud
 from tightbeam.federation.client import Lender, LocalTask
-from tightbeam.federation.server.exported import MESSAGE, exported_loss
 from tightbeam.federation.client.figures import backbone_facts, counted, figures_of, weight_bytes_of
 from tightbeam.federation.client.limits import affordable_codec, require_memory
 from tightbeam.federation.client.participant import Client, Leaving
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.math import LoraAdapter, parse_adapter
+from tightbeam.federation.server.budgets import codec_text
+from tightbeam.federation.server.exported import MESSAGE, exported_loss
+from tightbeam.federation.server.global_adapter import from_record, to_record
 from tightbeam.federation.server.privacy import clipped_reply
 from tightbeam.federation.server.secure import SecureTask, answer_step, certificate_of, shown
-from tightbeam.federation.client.settings import Settings
 from tightbeam.federation.server.terms import Purpose
-from tightbeam.federation.server.budgets import codec_text
-from tightbeam.federation.server.global_adapter import from_record, to_record
 
 __all__ = ["app", "evaluate", "exported", "hello", "layers", "secure", "train"]
 

@@ -12,13 +12,13 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from tightbeam.edge.recipe import AdapterSection, Codecs, SideSection
-from tightbeam.edge.model.adapters import attach_adapter
 from tightbeam.edge.cache.shortcut import FrozenParts
-from tightbeam.edge.link.connection import Cloud
 from tightbeam.edge.data import Example, Limits, load_examples
-from tightbeam.federation.client.adapter import SplitAdapter
+from tightbeam.edge.link.connection import Cloud
+from tightbeam.edge.model.adapters import attach_adapter
+from tightbeam.edge.recipe import AdapterSection, Codecs, SideSection
 from tightbeam.edge.side import side_of
+from tightbeam.federation.client.adapter import SplitAdapter
 
 __all__ = ["AdapterShape", "Lender", "pad_id"]
 

@@ -2,12 +2,12 @@
 
 from flwr.app import RecordDict
 
-from tightbeam.edge.recipe import Codecs
 from tightbeam.common.accounts.prices import Tariff
-from tightbeam.edge.link.connection import Cloud
 from tightbeam.edge.data import Example
-from tightbeam.federation.client import Lender, LocalTask, SplitAdapter, Workplace
+from tightbeam.edge.link.connection import Cloud
+from tightbeam.edge.recipe import Codecs
 from tightbeam.edge.side import side_of
+from tightbeam.federation.client import Lender, LocalTask, SplitAdapter, Workplace
 from tightbeam.federation.client.figures import cloud_flops, counted
 from tightbeam.federation.client.participant import Client, Leaving
 from tightbeam.federation.server.budgets import Plan, Spent, choose_codec

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from tightbeam.common.settings.sections import Section, checked_section
 from tightbeam.common.errors import RecipeError
+from tightbeam.common.settings.sections import Section, checked_section
 
 __all__ = ["NodeSection", "node_section"]
 

@@ -10,19 +10,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tightbeam.edge.recipe import Codecs
-from tightbeam.edge.report.meter import JsonlLedger, read_ledger
 from tightbeam.common.accounts.prices import PriceList
 from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.errors import CloudUnavailableError, UpdateRefusedError
-from tightbeam.federation.math import Arrays
-from tightbeam.edge.link.connection import Cloud, connect
 from tightbeam.edge.data import Example
+from tightbeam.edge.link.connection import Cloud, connect
+from tightbeam.edge.recipe import Codecs
+from tightbeam.edge.report.meter import JsonlLedger, read_ledger
 from tightbeam.federation.client import AdapterShape, CachePlace, Lender, SplitAdapter, Workplace, pad_id
 from tightbeam.federation.client.personal import PersonalPart
 from tightbeam.federation.client.settings import Settings
-from tightbeam.federation.server.global_adapter import fresh, layers_of
+from tightbeam.federation.math import Arrays
 from tightbeam.federation.scenario import ClientProfile, Scenario
+from tightbeam.federation.server.global_adapter import fresh, layers_of
 from tightbeam.simulations.shaping import ShapedLine, require_local
 from tightbeam.simulations.shards import client_files
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from safetensors.numpy import load_file, save
 
-from tightbeam.federation.math import Arrays
 from tightbeam.common.files import atomic_write
+from tightbeam.federation.math import Arrays
 
 __all__ = ["PersonalPart"]
 

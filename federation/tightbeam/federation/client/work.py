@@ -14,6 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from tightbeam.common.accounts.rows import StepRow
+from tightbeam.common.errors import NonFiniteError
+from tightbeam.edge.data import IGNORED, Example, collate
+from tightbeam.edge.modes import FrozenBottom, Job, Mode, Side, Top
 from tightbeam.edge.recipe import (
     CacheSection,
     DataSection,
@@ -23,13 +27,9 @@ from tightbeam.edge.recipe import (
     TrainSection,
 )
 from tightbeam.edge.report.meter import peak_memory_bytes
-from tightbeam.common.accounts.rows import StepRow
-from tightbeam.common.errors import NonFiniteError
-from tightbeam.edge.data import IGNORED, Example, collate
+from tightbeam.edge.training.plan import Plan
 from tightbeam.federation.client.adapter import SplitAdapter
 from tightbeam.federation.client.lender import AdapterShape
-from tightbeam.edge.modes import FrozenBottom, Job, Mode, Side, Top
-from tightbeam.edge.training.plan import Plan
 
 __all__ = ["CachePlace", "LocalTask", "Work", "Workplace"]
 

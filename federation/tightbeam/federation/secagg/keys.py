@@ -19,12 +19,12 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from tightbeam.common.errors import IdentityError, IntegrityError
+from tightbeam.common.identity.identities import Role, Trust
 from tightbeam.federation.secagg.framing import digest, fields
 from tightbeam.federation.secagg.masks import SEED_BYTES
 from tightbeam.federation.secagg.messages import Keys, SealedShare
 from tightbeam.federation.secagg.plan import Plan
 from tightbeam.federation.secagg.shamir import SHARE_BYTES, deal
-from tightbeam.common.identity.identities import Role, Trust
 
 __all__ = [
     "Roster",

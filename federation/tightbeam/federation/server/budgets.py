@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 import torch
 
-from tightbeam.edge.recipe import Codecs
-from tightbeam.edge.report.modes import TokenBytes
 from tightbeam.common.accounts.prices import ASSUMED, Prices, Tariff
 from tightbeam.common.wire.codecs import codec, lossless
+from tightbeam.edge.recipe import Codecs
+from tightbeam.edge.report.modes import TokenBytes
 from tightbeam.federation.scenario import ClientSection
 
 __all__ = ["Plan", "Spent", "choose_codec", "codec_text"]

@@ -31,6 +31,8 @@ from tightbeam.federation.math import (
     plus,
     principal,
 )
+from tightbeam.federation.scenario import FLOWER_STRATEGIES, Scenario
+from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, restricted, to_record
 from tightbeam.federation.server.privacy import (
     ADAPTIVE,
     Accounting,
@@ -40,8 +42,6 @@ from tightbeam.federation.server.privacy import (
     measurable,
     private_strategy,
 )
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, restricted, to_record
-from tightbeam.federation.scenario import FLOWER_STRATEGIES, Scenario
 
 __all__ = [
     "Accepted",

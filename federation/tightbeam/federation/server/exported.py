@@ -12,15 +12,15 @@ from typing import Any
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from tightbeam.federation.math import LoraAdapter
 from tightbeam.federation.client import AdapterShape, Lender
-from tightbeam.federation.server.exchange import exchange
 from tightbeam.federation.client.figures import figures_of, weight_bytes_of
 from tightbeam.federation.client.participant import Client, Leaving
+from tightbeam.federation.math import LoraAdapter
+from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.exchange import exchange
+from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, to_record
 from tightbeam.federation.server.replies import Node, account_of, cost_of, spread
 from tightbeam.federation.server.strategy import FederatedLora
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, to_record
-from tightbeam.federation.scenario import Scenario
 
 __all__ = ["MESSAGE", "evaluate_exported", "exported_loss"]
 

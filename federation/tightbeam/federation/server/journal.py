@@ -21,13 +21,13 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save
 
-from tightbeam.edge.report.meter import JsonlLedger, read_ledger
 from tightbeam.common.errors import UsageError
 from tightbeam.common.files import atomic_write
+from tightbeam.edge.report.meter import JsonlLedger, read_ledger
+from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.budgets import Spent
 from tightbeam.federation.server.pricing import money_of, moved_bytes, with_offers
 from tightbeam.federation.server.resuming import changes, scenario_told
-from tightbeam.federation.scenario import Scenario
 
 __all__ = ["CUT_OFF", "Journal", "Row", "State", "moved_bytes", "require_unused", "slow_clients"]
 

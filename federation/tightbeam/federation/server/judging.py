@@ -12,8 +12,8 @@ from typing import Any
 from flwr.app import ConfigRecord, Message
 
 from tightbeam.common.errors import FederationError, UpdateRefusedError
-from tightbeam.federation.server.journal import Row
 from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.server.journal import Row
 
 __all__ = ["HIDDEN", "STATUSES", "figures_told", "layers_told", "missed_of", "notes_of", "said"]
 

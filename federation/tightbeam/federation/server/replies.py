@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message
 
 from tightbeam.common.errors import TightbeamError, UpdateRefusedError, error_from_code
-from tightbeam.federation.math import Arrays, LoraAdapter, Update, check_update
 from tightbeam.federation.client import LADDER
-from tightbeam.federation.server.judging import STATUSES, figures_told, notes_of, said
-from tightbeam.federation.server.global_adapter import from_record
+from tightbeam.federation.math import Arrays, LoraAdapter, Update, check_update
 from tightbeam.federation.runtimes.grid import message_bytes
-from tightbeam.federation.server.journal import Row
-from tightbeam.federation.server.pricing import read_offer
 from tightbeam.federation.scenario import ClientProfile, Scenario
+from tightbeam.federation.server.global_adapter import from_record
+from tightbeam.federation.server.journal import Row
+from tightbeam.federation.server.judging import STATUSES, figures_told, notes_of, said
+from tightbeam.federation.server.pricing import read_offer
 
 __all__ = ["Node", "account_of", "cost_of", "failure_of", "masked_of", "spread", "update_of"]
 

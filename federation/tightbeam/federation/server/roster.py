@@ -14,15 +14,15 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from tightbeam.common.errors import FederationError, TightbeamError, UsageError
-from tightbeam.federation.math import LoraAdapter
-from tightbeam.federation.client import ladder_prefix
 from tightbeam.edge.side import SidePlan
+from tightbeam.federation.client import ladder_prefix
+from tightbeam.federation.math import LoraAdapter
+from tightbeam.federation.scenario import ClientProfile, Scenario
 from tightbeam.federation.server.claims import Claims
 from tightbeam.federation.server.exchange import exchange
+from tightbeam.federation.server.global_adapter import layers_of
 from tightbeam.federation.server.judging import layers_told, notes_of, said
 from tightbeam.federation.server.replies import Node, failure_of
-from tightbeam.federation.server.global_adapter import layers_of
-from tightbeam.federation.scenario import ClientProfile, Scenario
 
 __all__ = ["Roster"]
 

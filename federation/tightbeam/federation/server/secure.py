@@ -34,18 +34,18 @@ from tightbeam.common.errors import (
     TightbeamError,
     UsageError,
 )
-from tightbeam.federation.secagg import AnsweredFolder, Layout, Plan, SecAggClient, SecAggServer
-from tightbeam.federation.secagg.keys import roster_from
 from tightbeam.common.identity.identities import Identity, load_identity
-from tightbeam.federation.server.combining import trained_part
-from tightbeam.federation.server.exchange import exchange
-from tightbeam.federation.server.judging import HIDDEN, notes_of, said
 from tightbeam.federation.client.participant import Client
-from tightbeam.federation.server.privacy import private_update
-from tightbeam.federation.server.terms import CLIP, Arrays, Purpose, plan_of, require_agreed
-from tightbeam.federation.server.global_adapter import from_record
 from tightbeam.federation.runtimes.grid import message_bytes
 from tightbeam.federation.scenario import Scenario
+from tightbeam.federation.secagg import AnsweredFolder, Layout, Plan, SecAggClient, SecAggServer
+from tightbeam.federation.secagg.keys import roster_from
+from tightbeam.federation.server.combining import trained_part
+from tightbeam.federation.server.exchange import exchange
+from tightbeam.federation.server.global_adapter import from_record
+from tightbeam.federation.server.judging import HIDDEN, notes_of, said
+from tightbeam.federation.server.privacy import private_update
+from tightbeam.federation.server.terms import CLIP, Arrays, Purpose, plan_of, require_agreed
 
 __all__ = [
     "Opened",

@@ -13,16 +13,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 
 from tightbeam.common.errors import FederationError
-from tightbeam.federation.math import LoraAdapter
 from tightbeam.edge.side import SidePlan
+from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.math import LoraAdapter
 from tightbeam.federation.server.exchange import exchange
 from tightbeam.federation.server.exported import evaluate_exported
-from tightbeam.federation.server.roster import Roster
-from tightbeam.federation.client.settings import Settings
-from tightbeam.federation.server.strategy import FederatedLora
 from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, to_record
 from tightbeam.federation.server.journal import Journal, State
+from tightbeam.federation.server.roster import Roster
 from tightbeam.federation.server.saving import save_global_adapter
+from tightbeam.federation.server.strategy import FederatedLora
 
 __all__ = ["app", "main", "run_rounds"]
 

@@ -16,10 +16,10 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from tightbeam.common.errors import ProtocolError
+from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.secagg import FixedPoint, Plan
 from tightbeam.federation.secagg.framing import digest
 from tightbeam.federation.server.global_adapter import from_record
-from tightbeam.federation.scenario import Scenario
 
 __all__ = ["CLIP", "Arrays", "Purpose", "plan_of", "require_agreed"]
 

@@ -1,0 +1,1 @@
+"""Many edges, one adapter: rounds of training on Flower."""

@@ -1,0 +1,1 @@
+"""What a federation cost, from its ledger to its page."""

@@ -1,0 +1,1 @@
+"""Where a federation runs: in this process, on Ray, or on a SuperLink and SuperNodes."""

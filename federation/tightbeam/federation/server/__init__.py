@@ -1,0 +1,1 @@
+"""The server of a federation: what it asks for, judges, combines and keeps."""
