@@ -21,7 +21,7 @@ from tightbeam.edge.recipe import load_recipe
 from tightbeam.federation.runtimes.requirements import missing
 from tightbeam.federation.scenario import load_scenario
 
-ADDRESS = "localhost:50051"
+ADDRESSES = re.compile(r"(localhost|cloud\.example\.org):50051")
 # Commands that do not run here, by how they begin. What they name is looked at all the same.
 REASONS = {
     "make ": "is what runs these tests, or needs a registry",
@@ -89,7 +89,7 @@ class Desk:
         """Run a command; one that serves is left running once it does."""
         assert line.startswith("tightbeam "), f"{line}: run it here, or say in REASONS why not"
         words = [PLACEHOLDERS.get(word, word) for word in shlex.split(line, comments=True)[1:]]
-        words = [word.replace(ADDRESS, self.address) for word in words]
+        words = [ADDRESSES.sub(self.address, word) for word in words]
         serves = words[0] == "serve"
         if serves:  # the page's port may be taken
             words += ["--listen", self.address.replace("localhost", "127.0.0.1")]
@@ -126,7 +126,7 @@ def test_everything_runs_as_written_in_the_order_of_the_pages(desk: Desk) -> Non
                     desk.type(before)
                 desk.type(line)
         for block in python_blocks(text):
-            code = compile(block.replace(ADDRESS, desk.address), page.name, "exec")
+            code = compile(ADDRESSES.sub(desk.address, block), page.name, "exec")
             if not any(part in block for part in FRAGMENTS):
                 exec(code, names)
     exec("shortcut.remove(); cache.close()", names)  # as docs/modes.md says below its block
