@@ -14,6 +14,8 @@ import pytest
 from tightbeam.common.files import cache_folder
 
 if TYPE_CHECKING:
+    from support.commands import Cloud
+    from support.federations import Playground, Signed
     from support.in_process import InProcessCloud
 
 # One thread gives the same sums in the same order every time, and two test processes do not fight for cores.
@@ -92,3 +94,62 @@ def tiny_cloud(
     yield cloud
     for started in clouds.values():
         started.close()
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model of all federations."""
+    from support.federations import save_backbone
+
+    return save_backbone(tmp_path_factory.mktemp("federated-backbone"))
+
+
+@pytest.fixture(scope="session")
+def federation_cloud(backbone: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["InProcessCloud"]:
+    """The cloud of all federations, which offers a projection to four elements."""
+    from support.in_process import InProcessCloud
+    from tightbeam.cloud.projections import ProjectionOptions
+
+    folder = tmp_path_factory.mktemp("federated-cloud")
+    text = folder / "public.txt"
+    text.write_text("Sums are taught in school, and some are harder than others. " * 40, encoding="utf-8")
+    projection = ProjectionOptions(file=folder / "projection.safetensors", text=text, size=4)
+    with InProcessCloud(backbone, folder, projection=projection) as cloud:
+        cloud.listen()
+        yield cloud
+
+
+@pytest.fixture(scope="session")
+def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Identities of a cloud and five clients."""
+    from tightbeam.common.identity.authority import init_certificates
+
+    folder = tmp_path_factory.mktemp("identities") / "certs"
+    init_certificates(folder, clients=[f"client-{number:02d}" for number in range(5)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tls_cloud(backbone: Path, certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator["Cloud"]:
+    """A cloud in a process of its own, which knows its clients by their certificates."""
+    from support.commands import Cloud
+
+    folder = tmp_path_factory.mktemp("tls-cloud")
+    with Cloud(backbone, folder, "--identity", str(certs / "cloud")) as cloud:
+        yield cloud
+
+
+@pytest.fixture
+def signed(tls_cloud: "Cloud", certs: Path, backbone: Path, tmp_path: Path) -> "Signed":
+    """A federation whose clients have identities."""
+    from support.federations import Playground, Signed
+
+    return Signed(Playground(tls_cloud.address, tmp_path, backbone), certs)
+
+
+@pytest.fixture
+def playground(federation_cloud: "InProcessCloud", backbone: Path, tmp_path: Path) -> "Playground":
+    """A federation in one process, by default in the clear."""
+    from support.federations import Playground
+
+    return Playground(federation_cloud.address, tmp_path, backbone)

@@ -30,12 +30,12 @@ REASONS = {
     "ruff format ": "is `make test` itself",
     "python benchmarks/": "takes minutes, or a device",
     "python docs/images/draw_step.py": "runs in tests/house/test_architecture.py",
-    "tightbeam train recipes/first-run.yaml": "runs in tests/edge/test_recipes_run.py",
-    "tightbeam compare ": "takes minutes; runs in tests/modes/test_compare.py",
+    "tightbeam train recipes/first-run.yaml": "runs in tests/edge/training/test_recipes_run.py",
+    "tightbeam compare ": "takes minutes; runs in tests/edge/comparison/test_compare.py",
     "tightbeam simulate ": "takes minutes; scenarios run in tests/simulations/test_scenarios_run.py",
-    "tightbeam federate ": "needs a SuperLink; runs in tests/simulations/test_deployment.py",
+    "tightbeam federate ": "needs a SuperLink; runs in tests/federation/runtimes/test_deployment.py",
     "python -m tightbeam.simulations.compose ": "runs in tests/simulations/test_compose_processes.py",
-    "flwr run ": "needs a SuperLink; federations run in tests/simulations/test_runtimes.py",
+    "flwr run ": "needs a SuperLink; federations run in tests/federation/runtimes/test_runtimes.py",
     "pytest ": "is what runs these tests",
     "tightbeam doctor HOST:PORT": "is short for what the front page has",
     "cp simulations/": "is for a command that does not run here",
@@ -53,10 +53,10 @@ BEFORE = {
 }
 # Python that does not run here, by what is in it; it is compiled.
 FRAGMENTS = {
-    "runs/federation/adapter": "needs a federation; tests/simulations/test_global_adapter.py loads one",
-    "runs/side/adapter": "needs a run of mode side; tests/modes/test_side.py loads one",
-    "aggregator_named": "shows a call; tests/federation makes it",
-    "SecAggServer(": "shows calls; tests/federation makes them",
+    "runs/federation/adapter": "needs a federation; tests/federation/server/test_global_adapter.py loads one",
+    "runs/side/adapter": "needs a run of mode side; tests/edge/side/test_side.py loads one",
+    "aggregator_named": "shows a call; tests/federation/math makes it",
+    "SecAggServer(": "shows calls; tests/federation/secagg makes them",
 }
 ALL = list(dict.fromkeys(line for page in PAGES for line in commands(page.read_text(encoding="utf-8"))))
 EXCUSED = [line for line in ALL if line.startswith(tuple(REASONS))]

@@ -1,4 +1,4 @@
-"""Writes tests/wire/vectors from the reference: `PYTHONPATH=tests python -m support.make_wire_vectors`.
+"""Writes tests/common/wire/vectors: `PYTHONPATH=tests python -m support.make_wire_vectors`.
 
 The record vectors follow from fixed inputs and come out the same each time. Those of the handshake hold the
 private keys of one handshake that took place, because sealing is randomised: run this only for a new
@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from support import reference_wire as wire
 from tightbeam.proto.backbone_pb2 import HandshakeRequest
 
-VECTORS = Path(__file__).parents[1] / "wire" / "vectors"
+VECTORS = Path(__file__).parents[1] / "common" / "wire" / "vectors"
 NUMBERS = (0, 1, 255, 65535, 65536, 131072)
 
 

@@ -11,7 +11,7 @@ does not authenticate, and the first one that does not ends the session for good
 * Associated data: protocol, session, direction and number, then the caller's context. `chunk_context` binds
   a chunk to its place and, by the digest of its step's header, to step, kind, dtype, shape and codec.
 
-docs/wire.md specifies every byte; tests/wire/vectors holds known answers.
+docs/wire.md specifies every byte; tests/common/wire/vectors holds known answers.
 """
 
 import hashlib

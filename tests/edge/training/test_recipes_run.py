@@ -20,7 +20,7 @@ from tightbeam.edge.training.run import run_recipe
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 _NUM_BLOCKS = 18
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from tightbeam.edge.report.schema import (
     Total,
 )
 
-TEXT = (Path(__file__).parents[2] / "docs" / "costs.md").read_text(encoding="utf-8")
+TEXT = (Path(__file__).parents[3] / "docs" / "costs.md").read_text(encoding="utf-8")
 MODELS = (BillLine, Edge, ModeCost, Prediction, Prices, Scope, Seconds, TimeBin, Total)
 NAMES = (
     {name for model in MODELS for name in model.model_fields}

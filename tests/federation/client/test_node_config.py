@@ -88,5 +88,5 @@ def test_a_deployments_nodes_are_never_dealt_data(playground: Playground, tmp_pa
     from tightbeam.federation.runtimes.flower import APP_FILES
 
     assert "simulated = false" in APP_FILES["pyproject.toml"]
-    example = Path(__file__).parents[2] / "examples" / "flower_app" / "pyproject.toml"
+    example = Path(__file__).parents[3] / "examples" / "flower_app" / "pyproject.toml"
     assert "simulated = false" in example.read_text(encoding="utf-8")

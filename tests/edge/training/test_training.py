@@ -190,7 +190,7 @@ def test_sigkill_in_a_process_of_its_own_then_resume(tmp_path: Path, whole: RunF
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe.resolved_yaml(), encoding="utf-8")
     folder = RunFolder(recipe.run_folder)
-    tests = Path(__file__).parents[1]
+    tests = Path(__file__).parents[2]
     process = subprocess.Popen([sys.executable, "-m", "support.edge_runs", str(file)], cwd=tests)
     try:
         deadline = time.monotonic() + 120

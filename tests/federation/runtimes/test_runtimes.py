@@ -19,7 +19,7 @@ from tightbeam.federation.runtimes.flower import APP_FILES, flower_environment
 from tightbeam.federation.runtimes.requirements import require_ray
 from tightbeam.federation.scenario import Scenario
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "flower_app"
+EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_app"
 HAS_RAY = importlib.util.find_spec("ray") is not None
 SMALL: dict[str, Any] = {
     "clients": 2,

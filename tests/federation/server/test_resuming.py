@@ -14,7 +14,7 @@ from tightbeam.federation.client.client_app import app
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.federation.server.resuming import MAY_CHANGE, changes
 
-DOCS = Path(__file__).parents[2] / "docs" / "federation.md"
+DOCS = Path(__file__).parents[3] / "docs" / "federation.md"
 
 
 class Killed(BaseException):

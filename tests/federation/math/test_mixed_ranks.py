@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from support.edge_runs import byte_tokenizer, tiny_llama, write_jsonl
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 WORDS = ("paint", "canvas", "orchard", "harvest", "kernel", "socket")
 
 

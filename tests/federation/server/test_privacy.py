@@ -88,7 +88,7 @@ def _amplified(sampled: int, clients: int, rounds: int, multiplier: float) -> fl
 
 
 def test_the_table_of_the_docs() -> None:
-    text = (Path(__file__).parents[2] / "docs" / "federation-math.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "federation-math.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (\d+) of (\d+), (\d+) rounds \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", text, re.M)
     assert len(rows) >= 4
     for sampled, clients, rounds, multiplier, plain, amplified in rows:

@@ -23,7 +23,7 @@ from tightbeam.edge.recipe import (
     recipe_from_mapping,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 TEXT = """\
 # tightbeam train a.yaml
