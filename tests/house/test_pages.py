@@ -18,7 +18,7 @@ from support.commands import Command
 from support.edge_runs import byte_tokenizer, tiny_llama, write_jsonl
 from support.pages import PAGES, ROOT, commands, mentions, options_of, parse, python_blocks
 from tightbeam.edge.recipe import load_recipe
-from tightbeam.federation.runtimes.requirements import missing
+from tightbeam.federation.requirements import missing
 from tightbeam.federation.scenario import load_scenario
 
 ADDRESSES = re.compile(r"(localhost|cloud\.example\.org):50051")

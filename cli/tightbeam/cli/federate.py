@@ -48,7 +48,7 @@ def run(
 ) -> None:
     """Run a scenario with the nodes that are connected, one for each of its clients."""
     from tightbeam.common.errors import RecipeError
-    from tightbeam.federation.runtimes.requirements import require_flower
+    from tightbeam.federation.requirements import require_flower
     from tightbeam.federation.scenario import load_scenario
 
     checked = load_scenario(scenario, settings or [])

@@ -33,7 +33,7 @@ def simulate(
     ] = False,
 ) -> None:
     """Run a federated experiment with simulated clients against one cloud."""
-    from tightbeam.federation.runtimes.requirements import require_flower, require_ray
+    from tightbeam.federation.requirements import require_flower, require_ray
     from tightbeam.federation.scenario import load_scenario
 
     checked = load_scenario(scenario, settings or [])  # before the slow imports: a typo is told at once

@@ -54,15 +54,17 @@ def run_demo(*, model: str | None, data: Sequence[Path], steps: int, output: Pat
     _say(f"logs, adapters and accounts go to {folder}")
     with signals_as_exit(), Children(folder / "logs") as children, tempfile.TemporaryDirectory() as caches:
         cloud = _start_cloud(children, source, folder)
-        from tightbeam.simulations.asking import Asker  # slow to import: while the cloud loads its model
+        from tightbeam.simulations.demo_answers import (
+            AnswerModel,
+        )  # slow: the cloud loads its model meanwhile
 
         address = cloud.first_answer(_READY_S)
-        with Asker(address, folder / "certs" / "demo", source, CUT) as asker:
-            results = [_Result(text, asker.answer(text.question)) for text in texts]
+        with AnswerModel(address, folder / "certs" / "demo", source, CUT) as answering:
+            results = [_Result(text, answering.answer(text.question)) for text in texts]
             edges = [_start_edge(children, text, address, folder, steps, Path(caches)) for text in texts]
             _say(f"the cloud listens on {address}; {' and '.join(names)} are training, cut {CUT} ...")
             _watch(children, edges, [folder / name for name in names], steps)
-            _judge(asker, results, folder)
+            _judge(answering, results, folder)
     _print(results)
     from tightbeam.edge.report.report import write_files
     from tightbeam.edge.report.summary import summarise
@@ -172,21 +174,21 @@ def _progress(run: Path, steps: int) -> str:
     return f"step {rows[-1]['n']} of {steps}, loss {rows[-1]['loss']:.2f}" if rows else "starting"
 
 
-def _judge(asker: Any, results: list[_Result], folder: Path) -> None:
+def _judge(answering: Any, results: list[_Result], folder: Path) -> None:
     """Fill in what each adapter and their mean answer, and the losses."""
     adapters = [RunFolder(folder / result.texts.name).adapter for result in results]
     for result, adapter in zip(results, adapters, strict=True):
         run = folder / result.texts.name
         result.losses = [row["loss"] for row in _rows(run, "eval")]
         result.tokens = sum(row["tokens"] for row in _rows(run, "optimizer_step"))
-        asker.wear(adapter, result.texts.name)
-        result.answer_after = asker.answer(result.texts.question)
+        answering.wear(adapter, result.texts.name)
+        result.answer_after = answering.answer(result.texts.question)
     average = average_adapters(adapters, [result.tokens for result in results], folder / "average")
-    asker.wear(average, "average")
+    answering.wear(average, "average")
     for result in results:
-        result.answer_average = asker.answer(result.texts.question)
+        result.answer_average = answering.answer(result.texts.question)
         if result.texts.evaluation is not None:
-            result.losses.append(asker.loss(result.texts.evaluation))
+            result.losses.append(answering.loss(result.texts.evaluation))
 
 
 def _print(results: list[_Result]) -> None:

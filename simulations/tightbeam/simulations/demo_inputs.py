@@ -23,7 +23,7 @@ import yaml
 
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.files import atomic_write
-from tightbeam.federation.runtimes.requirements import missing
+from tightbeam.federation.requirements import missing
 
 __all__ = [
     "CORPUS",

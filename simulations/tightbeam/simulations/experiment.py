@@ -22,8 +22,8 @@ from tightbeam.common.files import atomic_write, cache_folder
 from tightbeam.common.identity.authority import init_certificates
 from tightbeam.common.locks import FolderLock
 from tightbeam.federation.accounts.progress import FederationProgress
+from tightbeam.federation.requirements import require_accountant, require_flower, require_ray
 from tightbeam.federation.runtimes.processes import Children, signals_as_exit
-from tightbeam.federation.runtimes.requirements import require_accountant, require_flower, require_ray
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.journal import require_unused
 from tightbeam.simulations.demo_inputs import prepare_model

@@ -9,7 +9,7 @@ from support.federations import Playground, save_backbone
 from support.in_process import InProcessCloud
 from tightbeam.common.accounts.prices import ASSUMED, CLOUD, PriceList
 from tightbeam.common.errors import DataError
-from tightbeam.federation.accounts.sums import account
+from tightbeam.federation.accounts.from_ledger import account
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.pricing import tariff_of, with_offers
 from tightbeam.proto import backbone_pb2 as pb

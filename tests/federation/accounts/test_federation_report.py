@@ -15,8 +15,8 @@ from tightbeam.common.accounts.prices import Prices
 from tightbeam.common.errors import DataError
 from tightbeam.edge.report.meter import read_ledger
 from tightbeam.edge.report.modes import TokenBytes
+from tightbeam.federation.accounts.from_ledger import account
 from tightbeam.federation.accounts.report import write_report
-from tightbeam.federation.accounts.sums import account
 from tightbeam.federation.scenario import Scenario, load_scenario
 
 CHANGES: dict[str, Any] = {

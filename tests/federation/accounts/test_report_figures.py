@@ -14,8 +14,8 @@ from support.in_process import InProcessCloud
 from support.recounting import Recount, differences, leaves
 from support.recounting_rows import Clients
 from tightbeam.edge.report import units
+from tightbeam.federation.accounts.from_ledger import account
 from tightbeam.federation.accounts.report import to_html, write_report
-from tightbeam.federation.accounts.sums import account
 from tightbeam.federation.scenario import Scenario
 
 CHANGES: dict[str, Any] = {

@@ -13,7 +13,7 @@ from support.in_process import InProcessCloud
 from support.recounting import Recount, differences
 from support.recounting_rows import Clients
 from tightbeam.common.errors import CohortError
-from tightbeam.federation.accounts.sums import account
+from tightbeam.federation.accounts.from_ledger import account
 from tightbeam.federation.client.client_app import app
 from tightbeam.federation.runtimes.grid import ClientCall
 from tightbeam.federation.scenario import Scenario

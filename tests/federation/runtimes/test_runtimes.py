@@ -11,12 +11,12 @@ from safetensors.numpy import load_file
 from support.federations import Playground
 from tightbeam.common.errors import FederationError, RecipeError, UsageError
 from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.requirements import require_ray
 from tightbeam.federation.runtimes.choosing import (
     run_deployed,
     run_on_ray,
 )
 from tightbeam.federation.runtimes.flower import APP_FILES, flower_environment
-from tightbeam.federation.runtimes.requirements import require_ray
 from tightbeam.federation.scenario import Scenario
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_app"

@@ -14,7 +14,8 @@ import pytest
 
 from support.secagg_rounds import Round, make_plan, names
 from tightbeam.common.errors import CohortError, IntegrityError
-from tightbeam.federation.secagg import Answered, AnsweredFolder
+from tightbeam.federation.client.answered import AnsweredFolder
+from tightbeam.federation.secagg import Answered
 
 A, B, C, D, E = names(5)
 MODEL = hashlib.sha256(b"adapter").digest()

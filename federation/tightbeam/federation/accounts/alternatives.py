@@ -14,7 +14,7 @@ weights) and its evaluation 2; attention's products are left out.
 from pydantic import BaseModel, ConfigDict
 
 from tightbeam.common.accounts.prices import Prices
-from tightbeam.federation.accounts.job import Job
+from tightbeam.federation.accounts.workload import Workload
 
 __all__ = ["FLOWERTUNE_BUDGET_MB", "Alternative", "alternatives"]
 
@@ -45,7 +45,7 @@ class Alternative(BaseModel):
         return self.activation_bytes + self.adapter_bytes + self.weight_bytes
 
 
-def alternatives(job: Job, prices: Prices) -> list[Alternative]:
+def alternatives(workload: Workload, prices: Prices) -> list[Alternative]:
     """The experiment as it was, and the others."""
 
     def cost(
@@ -56,7 +56,7 @@ def alternatives(job: Job, prices: Prices) -> list[Alternative]:
         *,
         measured: bool = False,
     ) -> Alternative:
-        joules = flops[0] * job.joules_per_flop
+        joules = flops[0] * workload.joules_per_flop
         bill = prices.bill(wire_bytes=round(sum(moved)), cloud_flops=round(flops[1]), edge_joules=joules)
         activations, adapters, weights = map(round, moved)
         return Alternative(
@@ -72,30 +72,34 @@ def alternatives(job: Job, prices: Prices) -> list[Alternative]:
             rule=rule,
         )
 
-    all_flops = job.weights * (4 * job.training_tokens + 2 * job.evaluation_tokens)
-    whole_adapters = job.adapter_bytes_per_block * job.num_blocks * (job.exchanges + job.train_exchanges)
-    weights = job.measured_bytes[2]
+    all_flops = workload.weights * (4 * workload.training_tokens + 2 * workload.evaluation_tokens)
+    whole_adapters = (
+        workload.adapter_bytes_per_block
+        * workload.num_blocks
+        * (workload.exchanges + workload.train_exchanges)
+    )
+    weights = workload.measured_bytes[2]
     found = [
-        cost("as it was", job.measured_bytes, job.measured_flops, "measured", measured=True),
+        cost("as it was", workload.measured_bytes, workload.measured_flops, "measured", measured=True),
         cost(
             "central LoRA",
-            (job.tokens_once * _TEXT_BYTES_PER_TOKEN, 0, 0),
+            (workload.tokens_once * _TEXT_BYTES_PER_TOKEN, 0, 0),
             (0, all_flops),
             "the texts leave the edges: 4 bytes a token, once",
         ),
         cost(
             "whole model at the edge",
-            (0, whole_adapters, job.weight_bytes * job.participants),
+            (0, whole_adapters, workload.weight_bytes * workload.participants),
             (all_flops, 0),
             "plain federated LoRA on all blocks; the weights are fetched once by each client",
         ),
     ]
     for codec in ("fp32", "bf16", "int8"):
-        moved = job.wire_bytes(codec, *job.every_step), job.adapter_bytes["ushape"], weights
+        moved = workload.wire_bytes(codec, *workload.every_step), workload.adapter_bytes["ushape"], weights
         rule = "4d per token of training, 2d of evaluation"
-        found.append(cost(f"ushape, {codec}", moved, job.ushape_flops, rule))
-    moved = job.wire_bytes("bf16", job.tokens_once), job.adapter_bytes["top"], weights
-    flops = job.ushape_flops[0], job.once_cloud_flops
+        found.append(cost(f"ushape, {codec}", moved, workload.ushape_flops, rule))
+    moved = workload.wire_bytes("bf16", workload.tokens_once), workload.adapter_bytes["top"], weights
+    flops = workload.ushape_flops[0], workload.once_cloud_flops
     rule = "2d per token, each example once; no adapter below the trunk; edge work at most as in ushape"
     found.append(cost("top, bf16, cached", moved, flops, rule))
     return found

@@ -9,8 +9,8 @@ from tightbeam.common.accounts.prices import Prices
 from tightbeam.common.files import atomic_write
 from tightbeam.edge.report.pages import render
 from tightbeam.federation.accounts.alternatives import FLOWERTUNE_BUDGET_MB
+from tightbeam.federation.accounts.from_ledger import account
 from tightbeam.federation.accounts.schema import ClientAccount, Costs, FederationAccount, RoundAccount
-from tightbeam.federation.accounts.sums import account
 from tightbeam.federation.scenario import Scenario
 
 __all__ = ["to_csv", "to_html", "write_report"]

@@ -18,9 +18,9 @@ from tightbeam.common.errors import FederationError
 from tightbeam.common.identity.authority import init_certificates
 from tightbeam.common.identity.node_keys import init_node_keys
 from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.requirements import require_ray
 from tightbeam.federation.runtimes.flower import Flower, flower_environment, flower_home, tool
 from tightbeam.federation.runtimes.processes import Children
-from tightbeam.federation.runtimes.requirements import require_ray
 
 __all__ = ["run_deployed", "run_on_ray", "run_on_superlink"]
 

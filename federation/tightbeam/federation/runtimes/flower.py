@@ -81,7 +81,7 @@ simulated = false
 """
 _IMPORT = '''"""The {0}'s app."""
 
-from tightbeam.simulations.apps.{0}_app import app
+from tightbeam.federation.{0}.{0}_app import app
 
 __all__ = ["app"]
 '''

@@ -22,7 +22,7 @@ from typing import Any, Self
 import psutil
 
 from tightbeam.common.errors import TightbeamError
-from tightbeam.federation.runtimes.reaper import end, marked
+from tightbeam.federation.runtimes.orphans import end, marked
 
 __all__ = ["Child", "Children", "signals_as_exit"]
 
@@ -159,7 +159,7 @@ class Children:
 
 
 def _start_reaper(mark: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tightbeam.federation.runtimes.reaper", mark]
+    command = [sys.executable, "-m", "tightbeam.federation.runtimes.orphans", mark]
     quiet = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=quiet, stderr=quiet, **_OWN_SESSION)  # noqa: S603
 

@@ -5,7 +5,7 @@ Ed25519. Sans-IO: `SecAggClient` and `SecAggServer` take bytes and return bytes.
 what it protects, against whom, and what it does not.
 """
 
-from tightbeam.federation.secagg.answered import Answered, AnsweredFolder
+from tightbeam.federation.secagg.answered import Answered
 from tightbeam.federation.secagg.client import SecAggClient
 from tightbeam.federation.secagg.fixed_point import FixedPoint, Layout, WeightedSum
 from tightbeam.federation.secagg.keys import Roster, roster_from
@@ -14,7 +14,6 @@ from tightbeam.federation.secagg.server import SecAggServer
 
 __all__ = [
     "Answered",
-    "AnsweredFolder",
     "FixedPoint",
     "Layout",
     "Plan",

@@ -37,7 +37,7 @@ from numpy.typing import NDArray
 
 from tightbeam.federation.math import Arrays
 from tightbeam.federation.math.privacy import clipped, noised
-from tightbeam.federation.runtimes.requirements import missing
+from tightbeam.federation.requirements import missing
 from tightbeam.federation.scenario import PrivacySection, Scenario
 
 __all__ = [

@@ -35,10 +35,11 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.common.identity.identities import Identity, load_identity
+from tightbeam.federation.client.answered import AnsweredFolder
 from tightbeam.federation.client.participant import Client
 from tightbeam.federation.runtimes.grid import message_bytes
 from tightbeam.federation.scenario import Scenario
-from tightbeam.federation.secagg import AnsweredFolder, Layout, Plan, SecAggClient, SecAggServer
+from tightbeam.federation.secagg import Layout, Plan, SecAggClient, SecAggServer
 from tightbeam.federation.secagg.keys import roster_from
 from tightbeam.federation.server.combining import trained_part
 from tightbeam.federation.server.exchange import exchange

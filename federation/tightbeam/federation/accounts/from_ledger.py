@@ -12,7 +12,6 @@ from tightbeam.common.errors import DataError
 from tightbeam.edge.report.meter import read_ledger
 from tightbeam.federation.accounts.alternatives import alternatives
 from tightbeam.federation.accounts.headline import exported_of, headline_of
-from tightbeam.federation.accounts.job import job_of
 from tightbeam.federation.accounts.schema import (
     Absence,
     ClientAccount,
@@ -23,6 +22,7 @@ from tightbeam.federation.accounts.schema import (
     PrivacyAccount,
     RoundAccount,
 )
+from tightbeam.federation.accounts.workload import workload_of
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.federation.server.journal import Row, slow_clients
 from tightbeam.federation.server.pricing import moved_bytes, tariff_of, with_offers
@@ -78,7 +78,7 @@ def account(
         virtual_s=sum(row["virtual_s"] for row in rows if row["row"] in ("round", "evaluation")),
         target_loss=scenario.target_loss,
         reached_target=reached[0] if reached else None,
-        alternatives=alternatives(job_of(scenario, first["backbone"], work), tariff.prices),
+        alternatives=alternatives(workload_of(scenario, first["backbone"], work), tariff.prices),
         prices=tariff.prices,
         price_sources=dict(tariff.sources),
     )

@@ -1,6 +1,6 @@
 """Ends every process that carries a mark once nobody holds the other end of its standard input.
 
-    python -m tightbeam.federation.runtimes.reaper MARK
+    python -m tightbeam.federation.runtimes.orphans MARK
 
 A process that is killed cannot stop its children; the system closes its pipes all the same, and this is who
 notices. Marks are names in the environment, which what children start inherits, however detached.

@@ -1,4 +1,4 @@
-"""Asks a split model: one greedy answer, or the loss on a file, with an adapter of choice."""
+"""A split model that answers: one greedy answer, or the loss on a file, with an adapter of choice."""
 
 import warnings
 from pathlib import Path
@@ -12,13 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from tightbeam.edge import connect
 from tightbeam.edge.data import IGNORED, collate, load_dataset
 
-__all__ = ["Asker"]
+__all__ = ["AnswerModel"]
 
 _ANSWER_TOKENS = 16
 _BATCH = 8
 
 
-class Asker:
+class AnswerModel:
     """A connected split model, bottom and top in this process. Context manager.
 
     The model is typed Any: transformers gives models their `generate` at run time only.

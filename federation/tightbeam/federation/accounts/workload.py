@@ -13,13 +13,13 @@ from tightbeam.edge.report.modes import TokenBytes
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.journal import Row
 
-__all__ = ["Job", "job_of"]
+__all__ = ["Workload", "workload_of"]
 
 _TENSORS = ("activations_up", "activations_down", "gradients_up", "gradients_down")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
+class Workload:
     """What every alternative has to do."""
 
     training_tokens: int
@@ -60,7 +60,7 @@ class Job:
         return payload * self.wire_ratio
 
 
-def job_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row]) -> Job:
+def workload_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row]) -> Workload:
     """Sum up an experiment's rows of clients."""
     trained = [row for row in work if row["row"] == "client_round"]
     options = {profile.name: profile.options for profile in scenario.profiles()}
@@ -72,7 +72,7 @@ def job_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row])
     lora = _sum(trained, "adapter_down_bytes") - _sum(trained, "ladder_down_bytes", "fold_down_bytes")
     held = {row["client"]: row["weight_bytes"] for row in work if row.get("weight_bytes")}
     once = _once(scenario, work)
-    return Job(
+    return Workload(
         training_tokens=_sum(trained, "tokens"),
         evaluation_tokens=_sum(work, "tokens") - _sum(trained, "tokens"),
         tokens_once=sum(once.values()),
