@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tightbeam.common.files import cache_folder
@@ -23,6 +24,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# How long an example takes says more about what runs beside the tests than about the code.
+hypothesis.settings.register_profile("tightbeam", deadline=None)
+hypothesis.settings.load_profile("tightbeam")
 
 _SMOLLM2 = cache_folder() / "smollm2-135m-instruct"
 

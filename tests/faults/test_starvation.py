@@ -127,7 +127,7 @@ def test_edges_that_never_read_are_ended_and_their_memory_freed(cloud: Cloud) ->
             rss_bytes.append(process(cloud).memory_info().rss)
     assert "took nothing for 1 s" in cloud.log
     assert "Traceback" not in cloud.log
-    assert rss_bytes[1] - rss_bytes[0] < 48 * MIB  # the allocator keeps some; one round alone takes 100
+    assert rss_bytes[1] - rss_bytes[0] < 72 * MIB  # the allocator keeps some; one round alone takes 100
     with own_channel(cloud.address) as channel:  # and their streams
         again = Abuser(channel, "deaf")
         streams = [again.stream(again.handshake(), []) for _ in range(16)]

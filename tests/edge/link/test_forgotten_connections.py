@@ -3,7 +3,8 @@
 import gc
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,16 @@ IDS = torch.tensor([[3, 5, 8, 13]])
 _UNTIL_S = 20.0
 
 
+_OTHERS: set[threading.Thread] = set()  # threads of streams that tests before this one have open
+
+
+def stream_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith("tightbeam_")}
+
+
 def holds(cloud: InProcessCloud) -> tuple[int, int]:
     """Open streams in the cloud, and threads of streams at the edge."""
-    threads = sum(thread.name.startswith("tightbeam_") for thread in threading.enumerate())
-    return len(cloud.service._streams), threads
+    return len(cloud.service._streams), len(stream_threads() - _OTHERS)
 
 
 def wait_until(done: Callable[[], bool]) -> None:
@@ -29,10 +36,11 @@ def wait_until(done: Callable[[], bool]) -> None:
 
 
 @pytest.fixture
-def cloud(tiny_cloud: Callable[[str], InProcessCloud]) -> InProcessCloud:
-    cloud = tiny_cloud("llama")
-    wait_until(lambda: holds(cloud) == (0, 0))  # streams of tests before this one
-    return cloud
+def cloud(tiny_folder: Callable[[str], Path], tmp_path: Path) -> Iterator[InProcessCloud]:
+    _OTHERS.update(stream_threads())
+    with InProcessCloud(tiny_folder("llama"), tmp_path) as cloud:
+        cloud.listen()
+        yield cloud
 
 
 def test_more_models_than_a_tenant_may_have_streams(cloud: InProcessCloud) -> None:

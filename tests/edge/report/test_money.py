@@ -88,7 +88,7 @@ def test_a_table_of_ones_own_goes_first_and_says_so(folder: Path) -> None:
 
 def test_both_sides_bill_the_same(cloud: InProcessCloud, folder: Path) -> None:
     names = {row["run"] for row in read_ledger(folder / "ledger.jsonl") if row["row"] == "run"}
-    with connect(cloud.address, insecure=True, name="run") as edge:
+    with connect(cloud.address, insecure=True) as edge:
         (used,) = (run for run in edge.usage() if run.run in names)
     moved = used.bytes.wire_up_bytes + used.bytes.wire_down_bytes
     assert edge.prices is not None

@@ -64,7 +64,7 @@ def test_the_cloud_bills_what_the_report_says(
     billed = sum(
         usage.bytes.wire_up_bytes + usage.bytes.wire_down_bytes
         for tenant in {row["client"] for row in rows if "client" in row}
-        for usage in federation_cloud.ledger.usage(f"insecure/{tenant}")
+        for usage in federation_cloud.ledger.usage(f"insecure/{tenant}", sorted(runs))
         if usage.run in runs
     )
     total = report["total"]
