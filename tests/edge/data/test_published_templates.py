@@ -1,5 +1,6 @@
 """The templates of published models, which TRL carries: answers are learned and nothing else, or refused."""
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from support.edge_runs import byte_tokenizer, write_jsonl
 from tightbeam.common.errors import DataError
 from tightbeam.edge.data import IGNORED, load_examples
+from tightbeam.edge.data.rendering import TemplateFault, render
 
 _TRL = find_spec("trl")
 assert _TRL is not None
@@ -98,6 +100,21 @@ def test_arguments_of_calls_may_be_text_as_openais_api_has_them(tmp_path: Path, 
     assert outcomes[0] == outcomes[1]
     assert '\\"' not in outcomes[0]
     assert path.stem != "deepseekv3" or "CLOCK" in outcomes[0]  # which wants text
+
+
+@pytest.mark.parametrize("path", TEMPLATES, ids=lambda path: path.stem)
+def test_the_text_is_that_of_transformers(path: Path) -> None:
+    template = path.read_text(encoding="utf-8").replace("strftime_now", "str")  # another day, another text
+    tokenizer = byte_tokenizer(template)
+    for chat in (TURNS, CALLS, THOUGHTS):
+        for ask in (False, True):
+            try:
+                expected = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=ask)
+            except Exception as error:
+                with pytest.raises(TemplateFault, match=re.escape(str(error)[:50])):
+                    render(template, chat, None, tokenizer.special_tokens_map, ask=ask)
+                continue
+            assert render(template, chat, None, tokenizer.special_tokens_map, ask=ask) == (expected, [])
 
 
 def test_there_are_templates() -> None:

@@ -12,25 +12,20 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from tightbeam.common.errors import DataError
 from tightbeam.edge.data.reading import SILENT_KEYS, Message, Record, one_line
+from tightbeam.edge.data.rendering import Overrun, TemplateFault, render
 
 __all__ = ["ChatTemplate", "Span", "common_prefix"]
 
 Span = tuple[int, int]  # first character, and the one after the last
 
 _MARK = "\ue000"  # of Unicode's private use: no text means anything by it
-_FAULTS = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-_NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_TODAY = date(2024, 7, 26)  # for every template that asks: the same file gives the same tokens on every day
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +66,18 @@ class ChatTemplate:
 
     def _fitted(self, record: Record) -> tuple[Record, str]:
         """A chat with arguments of calls as the template takes them, and its text."""
-        fault: Exception | None = None
+        fault: TemplateFault | None = None
         for as_text in (False, True):  # most templates write objects out themselves, some want text
             messages = tuple(_with_arguments(message, as_text) for message in record.messages)
             try:
-                text = self._apply(record, messages)
-            except _FAULTS as error:
+                text, _ = self._rendered(record, messages)
+            except TemplateFault as error:
                 fault = fault or error
                 continue
             record = replace(record, messages=messages)
             self._refuse_lost(record, text)
             return record, text
-        why = one_line(" ".join(str(fault).split())) or type(fault).__name__
+        why = one_line(" ".join(str(fault).split()))
         raise self._refusal(
             record,
             f"the chat template refuses this chat ({why})",
@@ -92,20 +87,12 @@ class ChatTemplate:
 
     def _own_spans(self, record: Record, text: str) -> list[Span]:
         """What the template itself marks as generated; nothing where that does not hold the answers."""
-        template = self._template(record)
-        if not re.search(r"\{%-?\s*generation\b", template):
+        if not re.search(r"\{%-?\s*generation\b", self.tokenizer.get_chat_template(tools=record.tools)):
             return []
-        render: Any = render_jinja_template  # annotated as if it gave the text alone
-        rendered, (spans,) = render(
-            [[dict(message) for message in record.messages]],
-            tools=record.tools,
-            chat_template=template,
-            return_assistant_tokens_mask=True,
-            **self.tokenizer.special_tokens_map,
-        )
+        rendered, spans = self._rendered(record, record.messages, marks=True)
         marked = "".join(text[start:end] for start, end in spans)
         answers = (m["content"].strip() for m in record.messages if m["role"] == "assistant")
-        sound = rendered == [text] and all(answer in marked for answer in answers)
+        sound = rendered == text and all(answer in marked for answer in answers)
         return [(start, end) for start, end in spans if start < end] if sound else []
 
     def _span(self, record: Record, number: int, text: str) -> Span:
@@ -187,25 +174,27 @@ class ChatTemplate:
             return True
         return self._try(record, [*before, without]) != self._try(record, [*before, messages[number]])
 
-    def _template(self, record: Record) -> str:
-        template = self.tokenizer.get_chat_template(tools=record.tools)
-        return _NOW.sub(lambda call: repr(_TODAY.strftime(call[2])), template)
-
-    def _apply(self, record: Record, messages: Sequence[Message], ask: bool = False) -> str:
-        rendered = self.tokenizer.apply_chat_template(
-            list(messages),
-            tools=record.tools,
-            chat_template=self._template(record),
-            tokenize=False,
-            add_generation_prompt=ask,
-        )
-        return str(rendered)
+    def _rendered(
+        self, record: Record, messages: Sequence[Message], *, ask: bool = False, marks: bool = False
+    ) -> tuple[str, list[Span]]:
+        tokenizer = self.tokenizer
+        template = tokenizer.get_chat_template(tools=record.tools)
+        try:
+            return render(
+                template, messages, record.tools, tokenizer.special_tokens_map, ask=ask, marks=marks
+            )
+        except Overrun as error:
+            raise self._refusal(
+                record,
+                f"to render this chat the chat template takes {error}",
+                "If the record is of a usual size, the template is broken or hostile: do not use this model.",
+            ) from error
 
     def _try(self, record: Record, messages: Sequence[Message], ask: bool = False) -> str | None:
         """The text of part of a chat; None when the template wants more of it."""
         try:
-            return self._apply(record, messages, ask)
-        except _FAULTS:
+            return self._rendered(record, messages, ask=ask)[0]
+        except TemplateFault:
             return None
 
     def _refusal(self, record: Record, problem: str, cure: str) -> DataError:
