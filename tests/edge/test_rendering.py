@@ -1,4 +1,4 @@
-"""A template that takes time, memory or text without end is refused with the line; the next chat is rendered."""
+"""A template that takes time, memory or text without end is refused by line; the next chat is rendered."""
 
 from pathlib import Path
 

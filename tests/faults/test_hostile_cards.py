@@ -11,7 +11,9 @@ import torch
 from support.in_process import InProcessCloud
 from support.tiny import TINY
 from tightbeam.common.backbone import Cut, build_skeleton, config_from_dict, fingerprint
-from tightbeam.common.errors import ProtocolError, TightbeamError, UnsupportedModelError
+from tightbeam.common.errors import IdentityError, ProtocolError, TightbeamError, UnsupportedModelError
+from tightbeam.edge import connect
+from tightbeam.edge.link.offer import require_signed
 from tightbeam.edge.model.split_model import build_split_model
 from tightbeam.edge.model.weights import BlobStore, check_card
 from tightbeam.proto.backbone_pb2 import Blob, Card
@@ -79,6 +81,47 @@ def test_a_card_out_of_bounds_is_refused(
         card.fingerprint = fingerprint(json.loads(card.config_json), weights)
     with pytest.raises(ProtocolError):
         check_card(card)
+
+
+def _other_files() -> dict[str, Callable[[Card], object]]:
+    def first(card: Card) -> Blob:
+        return next(blob for blob in card.blobs if blob.name.startswith("file/"))
+
+    return {
+        "another content": lambda card: setattr(first(card), "sha256", "cd" * 32),
+        "another size": lambda card: setattr(first(card), "num_bytes", 7),
+        "another name": lambda card: setattr(first(card), "name", "file/chat_template.jinja"),
+        "one file less": lambda card: card.blobs.remove(first(card)),
+        "one file more": lambda card: card.blobs.add(name="file/chat_template.jinja", sha256="cd" * 32),
+        "another number format": lambda card: setattr(card, "dtype", "bfloat16"),
+    }
+
+
+@pytest.mark.parametrize("change", _other_files().values(), ids=_other_files())
+def test_files_that_the_clouds_identity_does_not_vouch_for_are_refused(
+    tiny_cloud: Callable[[str], InProcessCloud],
+    change: Callable[[Card], object],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cloud = tiny_cloud("llama")
+    if not cloud.address:
+        cloud.listen()
+    altered = Card()
+    altered.CopyFrom(cloud.service._card)
+    change(altered)
+    with connect(cloud.address, insecure=True) as edge:
+        steps = edge.open_steps("1:2")._carrier
+        steps._open_channel().close()
+        monkeypatch.setattr(cloud.service, "_card", altered)
+        with pytest.raises(TightbeamError, match=r"vouches for|computes in"):
+            steps._open_channel()
+    with pytest.raises(IdentityError, match="number format or files are not those"):
+        connect(cloud.address, insecure=True)
+
+
+def test_a_bundle_that_vouches_for_no_files_is_refused() -> None:
+    with pytest.raises(IdentityError, match="vouches for"):
+        require_signed(Card(dtype="float32"))
 
 
 def test_files_and_weights_are_no_larger_than_a_models(

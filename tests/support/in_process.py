@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from tightbeam.cloud.backbone import load_backbone
+from tightbeam.cloud.card import make_card
 from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger
 from tightbeam.cloud.projections import ProjectionOptions
@@ -39,6 +40,7 @@ from tightbeam.common.errors import (
 )
 from tightbeam.common.identity.identities import Role, ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys, Session
+from tightbeam.common.wire.key_schedule import card_digest
 from tightbeam.common.wire.messages import Message, MessageReader, seal_message
 from tightbeam.common.wire.status import error_from_details
 from tightbeam.common.wire.stepping import SESSION_KEY, billed_records
@@ -88,7 +90,12 @@ class InProcessCloud:
             self.backbone,
             self.engine,
             self.ledger,
-            CloudKeys.generate(identity, self.backbone.fingerprint, prices=prices),
+            CloudKeys.generate(
+                identity,
+                self.backbone.fingerprint,
+                prices=prices,
+                card_digest=card_digest(make_card(self.backbone, max_tokens_per_step)),
+            ),
             identity.trust,
             tls=False,
             max_tokens_per_step=max_tokens_per_step,

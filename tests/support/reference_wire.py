@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -121,9 +122,17 @@ def bundle_fields(bundle: KeyBundle) -> bytes:
     if bundle.HasField("prices"):
         rates = struct.pack(">d", bundle.prices.per_gigabyte), struct.pack(">d", bundle.prices.per_petaflop)
         prices = [bundle.prices.currency.encode(), *rates]
+    card = [bundle.card_digest] if bundle.card_digest else []
     return fields(
-        b"bundle", bundle.key_id, bundle.kem_public_key, not_after, certificate, fingerprint, *prices
+        b"bundle", bundle.key_id, bundle.kem_public_key, not_after, certificate, fingerprint, *prices, *card
     )
+
+
+def card_digest(dtype: str, files: Sequence[tuple[str, str, int]]) -> bytes:
+    values = [dtype.encode()]
+    for name, sha256, size in files:
+        values += [name.encode(), sha256.encode(), struct.pack(">Q", size)]
+    return digest(b"card", *values)
 
 
 def offer_of(bundle: KeyBundle, request: HandshakeRequest) -> list[bytes]:

@@ -16,6 +16,7 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 
 from tightbeam.cloud.backbone import load_backbone
+from tightbeam.cloud.card import make_card
 from tightbeam.cloud.engine import Engine
 from tightbeam.cloud.ledger import Ledger
 from tightbeam.cloud.projections import ProjectionOptions
@@ -28,6 +29,7 @@ from tightbeam.common.devices import free_memory_bytes
 from tightbeam.common.errors import IdentityError, TightbeamError, UsageError
 from tightbeam.common.identity.identities import Identity, Role, ephemeral_identity, load_identity
 from tightbeam.common.wire.handshake import CloudKeys
+from tightbeam.common.wire.key_schedule import card_digest
 from tightbeam.common.wire.lines import LIVENESS
 from tightbeam.common.wire.records import CHUNK_BYTES
 from tightbeam.proto import backbone_pb2 as pb
@@ -97,7 +99,12 @@ async def serve(options: ServeOptions, on_ready: Callable[[int], None] = lambda 
             backbone,
             engine,
             ledger,
-            CloudKeys.generate(identity, backbone.fingerprint, prices=_announced(options.prices)),
+            CloudKeys.generate(
+                identity,
+                backbone.fingerprint,
+                prices=_announced(options.prices),
+                card_digest=card_digest(make_card(backbone, options.max_tokens_per_step)),
+            ),
             identity.trust,
             tls=not options.insecure,
             max_tokens_per_step=options.max_tokens_per_step,

@@ -371,6 +371,7 @@ class KeyBundle(_message.Message):
     SIGNATURE_FIELD_NUMBER: _builtins.int
     FINGERPRINT_FIELD_NUMBER: _builtins.int
     PRICES_FIELD_NUMBER: _builtins.int
+    CARD_DIGEST_FIELD_NUMBER: _builtins.int
     key_id: _builtins.bytes
     kem_public_key: _builtins.bytes
     """ML-KEM-768 + X25519 (X-Wing)"""
@@ -381,6 +382,8 @@ class KeyBundle(_message.Message):
     signature: _builtins.bytes
     fingerprint: _builtins.str
     """of the backbone that the cloud's identity vouches for; as in the card"""
+    card_digest: _builtins.bytes
+    """SHA-256 of the number format and files in the card that it vouches for"""
     @_builtins.property
     def prices(self) -> Global___Prices:
         """that it vouches for; as in the card"""
@@ -395,10 +398,11 @@ class KeyBundle(_message.Message):
         signature: _builtins.bytes = ...,
         fingerprint: _builtins.str = ...,
         prices: Global___Prices | None = ...,
+        card_digest: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["prices", b"prices"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["fingerprint", b"fingerprint", "identity_certificate", b"identity_certificate", "kem_public_key", b"kem_public_key", "key_id", b"key_id", "not_after", b"not_after", "prices", b"prices", "signature", b"signature"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["card_digest", b"card_digest", "fingerprint", b"fingerprint", "identity_certificate", b"identity_certificate", "kem_public_key", b"kem_public_key", "key_id", b"key_id", "not_after", b"not_after", "prices", b"prices", "signature", b"signature"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

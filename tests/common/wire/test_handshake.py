@@ -175,6 +175,8 @@ CHANGES: dict[str, tuple[type[Message], str, object]] = {
     "cloud key of zeros": (KeyBundle, "kem_public_key", bytes(1216)),
     "other backbone vouched for": (KeyBundle, "fingerprint", "cd" * 32),
     "no backbone vouched for": (KeyBundle, "fingerprint", ""),
+    "other files vouched for": (KeyBundle, "card_digest", bytes(32)),
+    "endless digest": (KeyBundle, "card_digest", bytes(33)),
     "endless fingerprint": (KeyBundle, "fingerprint", "x" * 300),
     "no signature": (KeyBundle, "signature", b""),
     "short session": (HandshakeReply, "session_id", bytes(15)),

@@ -11,7 +11,15 @@ from support import make_wire_vectors
 from support import reference_wire as wire
 from tightbeam.common.identity.identities import Role, ephemeral_identity
 from tightbeam.common.wire.handshake import ClientHandshake, CloudKeys
-from tightbeam.common.wire.key_schedule import SUITES, Transcript, confirmation, derive_secrets, suite_name
+from tightbeam.common.wire.key_schedule import (
+    SUITES,
+    Transcript,
+    bundle_content,
+    card_digest,
+    confirmation,
+    derive_secrets,
+    suite_name,
+)
 from tightbeam.common.wire.records import (
     Aead,
     Direction,
@@ -23,7 +31,7 @@ from tightbeam.common.wire.records import (
     next_secret,
     traffic_key,
 )
-from tightbeam.proto.backbone_pb2 import HandshakeReply, HandshakeRequest, KeyBundle
+from tightbeam.proto.backbone_pb2 import Blob, Card, HandshakeReply, HandshakeRequest, KeyBundle, Prices
 
 VECTORS = Path(__file__).parent / "vectors"
 FINGERPRINT = "ab" * 32
@@ -94,6 +102,20 @@ def test_handshake_vector_opens_and_derives_the_frozen_secrets() -> None:
     assert keys.edge_to_cloud == octets(row, "edge_to_cloud")
     assert keys.cloud_to_edge == octets(row, "cloud_to_edge")
     assert confirmation(keys, transcript.hash) == reply.confirmation
+
+
+def test_a_bundle_that_vouches_for_files_has_the_specified_bytes() -> None:
+    files = [("file/tokenizer.json", "ab" * 32, 1 << 33), ("file/config.json", "cd" * 32, 7)]
+    card = Card(dtype="bfloat16", blobs=[Blob(name=n, sha256=s, num_bytes=b) for n, s, b in files])
+    card.blobs.add(name="block.0", sha256="ef" * 32, num_bytes=1)  # the fingerprint's
+    assert card_digest(card) == wire.card_digest("bfloat16", files)
+    row: Row = json.loads((VECTORS / "handshake.json").read_text())
+    bundle = KeyBundle.FromString(octets(row, "bundle"))
+    for prices in (None, Prices(currency="EUR", per_gigabyte=1.0)):
+        for signed in (b"", card_digest(card)):
+            full = KeyBundle(prices=prices, card_digest=signed)
+            full.MergeFrom(bundle)
+            assert bundle_content(full) == wire.bundle_fields(full)
 
 
 @pytest.mark.parametrize("suite", SUITES)

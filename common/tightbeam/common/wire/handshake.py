@@ -2,8 +2,8 @@
 
 Sans-IO, over the protobuf messages of the contract:
 
-    cloud -> edge   KeyBundle         the cloud's X-Wing key, the fingerprint of its backbone and its prices,
-                                      signed by its identity (part of the card)
+    cloud -> edge   KeyBundle         the cloud's X-Wing key, the fingerprint of its backbone, its prices and
+                                      a digest of its files, signed by its identity (part of the card)
     edge -> cloud   HandshakeRequest  s1 sealed to that key, an ephemeral X-Wing key, all signed by the edge
     cloud -> edge   HandshakeReply    s2 sealed to the ephemeral key, a MAC that proves the same keys
 
@@ -46,6 +46,7 @@ BUNDLE_LIFETIME_S = 24 * 3600.0
 
 _SIGNATURE_BYTES = 64
 _MAC_BYTES = 32
+_DIGEST_BYTES = 32
 _MAX_TEXT_BYTES = 256
 _MAX_CERTIFICATE_BYTES = 4096
 _RETRY = "Connect again; if it happens again, both sides need the same version of tightbeam."
@@ -83,11 +84,13 @@ class CloudKeys:
         fingerprint: str,
         lifetime_s: float = BUNDLE_LIFETIME_S,
         prices: Prices | None = None,
+        card_digest: bytes = b"",
     ) -> None:
         assert identity.role is Role.CLOUD
         self._identity = identity
         self._fingerprint = fingerprint
         self._prices = prices
+        self._card_digest = card_digest
         self._lifetime_s = lifetime_s
         self._keys: dict[bytes, _StaticKey] = {}
 
@@ -98,9 +101,10 @@ class CloudKeys:
         fingerprint: str,
         lifetime_s: float = BUNDLE_LIFETIME_S,
         prices: Prices | None = None,
+        card_digest: bytes = b"",
     ) -> "CloudKeys":
         """Make the first key; `identity` must be a cloud's, `fingerprint` that of the backbone it serves."""
-        keys = cls(identity, fingerprint, lifetime_s, prices)
+        keys = cls(identity, fingerprint, lifetime_s, prices, card_digest)
         keys.bundle_at(time.time())
         return keys
 
@@ -127,6 +131,7 @@ class CloudKeys:
             identity_certificate=self._identity.certificate_der,
             fingerprint=self._fingerprint,
             prices=self._prices,
+            card_digest=self._card_digest,
         )
         bundle.signature = self._identity.signing_key.sign(bundle_content(bundle))
         return _StaticKey(kem, bundle)
@@ -264,13 +269,15 @@ def _session(
 def verify_bundle(bundle: KeyBundle, trust: Trust, now: float | None = None) -> str:
     """Return the cloud's name if its identity signed this bundle and it is good at `now` (unix seconds).
 
-    Only then the bundle's `fingerprint` and `prices` are the cloud's own; the card repeats them unsigned.
+    Only then the bundle's `fingerprint`, `prices` and `card_digest` are the cloud's own; the card itself is
+    unsigned.
     """
     now = time.time() if now is None else now
     _require_size("kem_public_key", bundle.kem_public_key, KEM_PUBLIC_BYTES)
     _require_size("signature", bundle.signature, _SIGNATURE_BYTES)
     _require_at_most("identity_certificate", len(bundle.identity_certificate), _MAX_CERTIFICATE_BYTES)
     _require_at_most("fingerprint", len(bundle.fingerprint.encode()), _MAX_TEXT_BYTES)
+    _require_at_most("card_digest", len(bundle.card_digest), _DIGEST_BYTES)
     _require_at_most("currency", len(bundle.prices.currency.encode()), _MAX_TEXT_BYTES)
     peer = trust.verify(bundle.identity_certificate, Role.CLOUD, datetime.fromtimestamp(now, UTC))
     try:

@@ -14,13 +14,14 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF, HKDFExpand
 
 from tightbeam.common.wire.records import PROTOCOL, SECRET_BYTES, Aead
-from tightbeam.proto.backbone_pb2 import HandshakeReply, HandshakeRequest, KeyBundle
+from tightbeam.proto.backbone_pb2 import Card, HandshakeReply, HandshakeRequest, KeyBundle
 
 __all__ = [
     "SUITES",
     "SessionSecrets",
     "Transcript",
     "bundle_content",
+    "card_digest",
     "confirmation",
     "derive_secrets",
     "digest",
@@ -70,7 +71,15 @@ def bundle_content(bundle: KeyBundle) -> bytes:
         bundle.identity_certificate,
         bundle.fingerprint.encode(),
         *(priced if bundle.HasField("prices") else ()),
+        *((bundle.card_digest,) if bundle.card_digest else ()),
     )
+
+
+def card_digest(card: Card) -> bytes:
+    """Return the digest of what an edge takes from a card beside the backbone: number format and files."""
+    files = [blob for blob in card.blobs if blob.name.startswith("file/")]
+    entries = [(file.name.encode(), file.sha256.encode(), file.num_bytes.to_bytes(8)) for file in files]
+    return digest("card", card.dtype.encode(), *(value for entry in entries for value in entry))
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,11 +36,11 @@ _NOW = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _TODAY = date(2024, 7, 26)  # for every template that asks: the same file gives the same tokens on every day
 
 
-class TemplateFault(Exception):
+class TemplateFault(Exception):  # noqa: N818 - of a chat, not of this program
     """A template does not take a chat; the text says why, in the template's words."""
 
 
-class Overrun(Exception):
+class Overrun(Exception):  # noqa: N818 - becomes a DataError with its line
     """A rendering takes more than it may; the text says more of what."""
 
 
@@ -83,7 +83,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.owner = os.getpid()  # a fork must not read the answers of its parent
-        self._process = subprocess.Popen(
+        self._process = subprocess.Popen(  # noqa: S603 - this file
             [sys.executable, "-P", __file__],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
         )  # fmt: skip

@@ -39,7 +39,7 @@ from tightbeam.edge.cache.keys import identity_secret
 from tightbeam.edge.link.carrier import RetryPolicy
 from tightbeam.edge.link.channel import Channel, GrpcChannel, error_from_rpc
 from tightbeam.edge.link.downloads import Downloads
-from tightbeam.edge.link.offer import asked_by, require_same
+from tightbeam.edge.link.offer import asked_by, require_same, require_signed
 from tightbeam.edge.link.stepper import Stepper
 from tightbeam.edge.link.usage import usage_pages
 from tightbeam.edge.model.split_model import build_split_model
@@ -318,11 +318,7 @@ class Cloud:
                 cure="Upgrade the older side.",
             )
         verify_bundle(self.card.key_bundle, self._identity.trust)
-        if self.card.fingerprint != self.card.key_bundle.fingerprint:
-            raise FingerprintError(
-                "The card's fingerprint is not the one that the cloud's identity vouches for.",
-                cure="Do not connect: something between edge and cloud alters the traffic. Ask the operator.",
-            )
+        require_signed(self.card)
         self.prices = asked_by(self.card)
         check_card(self.card)
 
@@ -345,6 +341,7 @@ class Cloud:
                 fingerprint=fingerprint,
                 run=self.run,
             )
+            require_signed(card)
             reply = self._stub.Handshake(handshake.request, timeout=PATIENCE_S)
         except grpc.RpcError as error:
             raise error_from_rpc(error) from error

@@ -1,4 +1,4 @@
-"""What a card says of costs: the cloud's prices, judged before they are used, and sizes of weights."""
+"""What a card offers, held against what the cloud's identity has signed: files, number format, costs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,9 +7,31 @@ from pydantic import ValidationError
 
 from tightbeam.common.accounts.prices import PriceList
 from tightbeam.common.errors import FingerprintError, IdentityError, ProtocolError, UsageError
+from tightbeam.common.wire.key_schedule import card_digest
 from tightbeam.proto.backbone_pb2 import Card
 
-__all__ = ["asked_by", "cost_facts", "held_bytes", "require_same"]
+__all__ = ["asked_by", "cost_facts", "held_bytes", "require_same", "require_signed"]
+
+_ALTERED = "Do not connect: something between edge and cloud alters the traffic. Ask the operator."
+
+
+def require_signed(card: Card) -> None:
+    """A card must be what its key bundle, which has been verified, vouches for.
+
+    Raises:
+        FingerprintError: it names another backbone.
+        IdentityError: it names another number format, or other tokenizer and config files.
+
+    """
+    if card.fingerprint != card.key_bundle.fingerprint:
+        raise FingerprintError(
+            "The card's fingerprint is not the one that the cloud's identity vouches for.", cure=_ALTERED
+        )
+    if card.key_bundle.card_digest != card_digest(card):
+        raise IdentityError(
+            "The card's number format or files are not those that the cloud's identity vouches for.",
+            cure=_ALTERED,
+        )
 
 
 def asked_by(card: Card) -> PriceList | None:
@@ -23,7 +45,7 @@ def asked_by(card: Card) -> PriceList | None:
     if card.prices != card.key_bundle.prices or card.HasField("prices") != card.key_bundle.HasField("prices"):
         raise IdentityError(
             "The card's prices are not those that the cloud's identity vouches for.",
-            cure="Do not connect: something between edge and cloud alters the traffic. Ask the operator.",
+            cure=_ALTERED,
         )
     if not card.HasField("prices"):
         return None
