@@ -3,6 +3,7 @@
 #   make demo       two edges train against a cloud in other processes; prints where the report is
 #   make test       what must pass before a commit: format, lint, types, import arrows, tests
 #   make test-slow  the tests that need the downloaded model or minutes of compute
+#   make containers builds the image and runs both compose files with Docker or Podman, to the end
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -16,7 +17,7 @@ export OMP_NUM_THREADS ?= 1
 # Test processes side by side. What one of them has not begun, the other takes when it has nothing left.
 WORKERS ?= 2
 
-.PHONY: install demo test test-fast test-slow lint types imports format protos clean
+.PHONY: install demo test test-fast test-slow containers lint types imports format protos clean
 
 install: $(VENV)/.dev
 
@@ -47,6 +48,10 @@ test-fast: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+containers: $(VENV)/.demo
+	@command -v docker >/dev/null && docker compose version >/dev/null 2>&1 || $(PIP) podman-compose==1.6.0
+	@PYTHONPATH=deploy $(BIN)/python -m containers $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check --quiet

@@ -1,6 +1,8 @@
 """The doctor against real clouds, and against everything that is not one."""
 
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,11 +72,38 @@ def test_all_is_well_with_a_cloud(cloud: Cloud, certs: Path) -> None:
     assert "clinic" in details["identity"]
 
 
-def test_the_cloud_can_ask_for_its_own_health(cloud: Cloud, certs: Path) -> None:
-    """The health check of docker-compose.yml does."""
-    findings = examine(cloud.address, identity=certs / "ours" / "cloud", only_health=True)
-    assert all(finding.ok for finding in findings)
-    assert findings[-1].name == "health"
+def ask_health(address: str, identity: Path | None = None) -> tuple[int, str]:
+    """Exit code and stdout of what the compose files have as health check."""
+    words = [] if identity is None else ["--identity", str(identity)]
+    command = [sys.executable, "-m", "tightbeam.common.health", address, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stdout.strip()
+
+
+def test_any_identity_of_the_authority_may_ask_for_health(
+    cloud: Cloud, insecure_cloud: Cloud, certs: Path
+) -> None:
+    for name in ("cloud", "clinic"):
+        assert ask_health(cloud.address, certs / "ours" / name) == (0, "SERVING")
+    assert ask_health(insecure_cloud.address) == (0, "SERVING")
+
+
+def test_what_is_no_healthy_cloud_is_not_healthy(cloud: Cloud, certs: Path, tmp_path: Path) -> None:
+    code, said = ask_health(f"127.0.0.1:{free_port()}")
+    assert (code, said.partition(":")[0]) == (1, "UNAVAILABLE")
+    code, said = ask_health(cloud.address, certs / "theirs" / "clinic")
+    assert (code, said.partition(":")[0]) == (1, "UNAVAILABLE")
+    code, said = ask_health(cloud.address, tmp_path)
+    assert (code, said.partition(":")[0]) == (1, "no identity")
+
+
+def test_asking_for_health_loads_little() -> None:
+    """It runs every half minute; a whole doctor cost seconds of a core each time."""
+    listed = "import sys, tightbeam.common.health; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", listed], capture_output=True, text=True, check=True).stdout
+    assert "grpc" in loaded.split()
+    heavy = {"torch", "transformers", "typer", "rich", "cryptography", "google.protobuf", "numpy"}
+    assert heavy & set(loaded.split()) == set()
 
 
 def test_an_edge_with_the_clouds_identity(cloud: Cloud, certs: Path) -> None:

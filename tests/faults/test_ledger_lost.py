@@ -14,6 +14,7 @@ from support.abuser import Abuser, own_channel
 from support.commands import Cloud, run_command
 from support.postgres import postgres_url
 from support.split_runs import split_run
+from tightbeam.common import health as probe
 from tightbeam.common.errors import LedgerError, ProtocolError, UsageError
 from tightbeam.edge import connect
 from tightbeam.edge.link.channel import error_from_rpc
@@ -52,6 +53,7 @@ def test_a_ledger_that_is_removed_ends_billing_and_computing(model: Path, tmp_pa
                 run.gradients(1)
             assert run.retries == []
             cloud.command.wait_until(lambda: health(cloud) == NOT_SERVING)
+            assert probe.serves(cloud.address, None) == "NOT_SERVING"
         assert cloud.log.count("lost its ledger") == 1
 
 

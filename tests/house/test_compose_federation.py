@@ -159,6 +159,15 @@ def test_the_scenario_is_right_and_wants_as_many_clients_as_there_are(services: 
     assert not scenario.folder.is_absolute()
 
 
+@pytest.mark.parametrize("name", ["certs", "cloud", *sorted(OPERATOR), "fleet", *EDGES])
+def test_services_are_started_again_and_jobs_are_not(services: Services, name: str) -> None:
+    """A node that was killed is refused for a minute: once is not enough for it, nor is an exit code."""
+    jobs = {"certs", "register", "submit"}
+    assert services[name]["restart"] == ("no" if name in jobs else "unless-stopped")
+    assert services[name]["logging"]["options"]["max-size"]
+    assert services[name]["mem_limit"]
+
+
 def test_who_waits_for_whom(services: Services) -> None:
     waits = {name: body.get("depends_on", {}) for name, body in services.items()}
     for name in EDGES:

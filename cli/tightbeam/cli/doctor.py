@@ -1,7 +1,5 @@
 """`tightbeam doctor`: whether this machine is ready and the way to the cloud works."""
 
-from typing import Annotated
-
 import typer
 
 from tightbeam.cli.options import Address, IdentityFolder, Insecure
@@ -13,14 +11,11 @@ def doctor(
     address: Address,
     identity: IdentityFolder = None,
     insecure: Insecure = False,
-    health: Annotated[
-        bool, typer.Option("--health", help="Only ask whether the cloud serves; with its own identity too.")
-    ] = False,
 ) -> None:
     """Check this machine and the way to a cloud, step by step; each failure says its cure."""
     from tightbeam.edge.doctor import examine
 
-    findings = examine(address, identity=identity, insecure=insecure, only_health=health)
+    findings = examine(address, identity=identity, insecure=insecure)
     for finding in findings:
         typer.echo(f"{'ok  ' if finding.ok else 'FAIL'}  {finding.name}: {finding.detail}")
         if not finding.ok:

@@ -49,13 +49,9 @@ def examine(
     *,
     identity: Path | None = None,
     insecure: bool = False,
-    only_health: bool = False,
     timeout_s: float = 5.0,
 ) -> list[Finding]:
-    """Check this machine and then the way to `address` (host:port); each network step has `timeout_s`.
-
-    `only_health` ends where the cloud has said whether it serves, and takes the cloud's own identity.
-    """
+    """Check this machine and then the way to `address` (host:port); each network step has `timeout_s`."""
     findings = list(_this_machine())
     own: Identity | None = None
     if not insecure:
@@ -63,7 +59,7 @@ def examine(
         findings.append(finding)
         if own is None:
             return findings
-    for finding in _way_to_cloud(address, identity, own, timeout_s, only_health):
+    for finding in _way_to_cloud(address, identity, own, timeout_s):
         findings.append(finding)
         if not finding.ok:
             break
@@ -106,7 +102,7 @@ def _days_left(until: datetime) -> int:
 
 
 def _way_to_cloud(
-    address: str, folder: Path | None, own: Identity | None, timeout_s: float, only_health: bool
+    address: str, folder: Path | None, own: Identity | None, timeout_s: float
 ) -> Iterator[Finding]:
     try:
         host, port = split_address(address)
@@ -119,8 +115,7 @@ def _way_to_cloud(
         yield _tls(host, port, folder, timeout_s)
     with _channel(address, own) as channel:
         yield _health(channel, timeout_s)
-        if not only_health:
-            yield from _as_train(address, folder, own is None, timeout_s, channel)
+        yield from _as_train(address, folder, own is None, timeout_s, channel)
 
 
 def _resolve(host: str, port: int) -> Finding:

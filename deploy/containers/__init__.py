@@ -1,0 +1,1 @@
+"""The image and the compose files run for real: engines, images, stacks."""
