@@ -22,11 +22,12 @@ from flwr.serverapp.strategy import FedAvg
 from tightbeam.common.identity.authority import init_certificates
 from tightbeam.common.identity.identities import load_identity
 from tightbeam.federation.client.participant import Client
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.client.secure import SecureTask, answer_step
+from tightbeam.federation.contract.records import to_record
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.runtimes.grid import Exchange, InProcessGrid
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
-from tightbeam.federation.server.global_adapter import to_record
-from tightbeam.federation.server.secure import SecureRounds, SecureTask, answer_step
+from tightbeam.federation.server.secure import SecureRounds
 
 VALUES = 1_000_000
 WEIGHT = 100
@@ -40,7 +41,7 @@ class Round:
 
     def __init__(self, scenario: Scenario, certs: Path, values: int) -> None:
         self.names = [profile.name for profile in scenario.profiles()]
-        self._settings = Settings(scenario, "127.0.0.1:1", certs, certs.parent)
+        self._settings = RunConfig(scenario, "127.0.0.1:1", certs, certs.parent)
         self._start = {"a": np.zeros((values // 2,), np.float32), "b": np.zeros((values // 2,), np.float32)}
         self._moved = {name: array + np.float32(1e-3) for name, array in self._start.items()}
         self.seconds = dict.fromkeys(self.names, 0.0)

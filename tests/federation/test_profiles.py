@@ -6,9 +6,9 @@ import pytest
 
 from tightbeam.common.accounts.rows import StepBytes, StepRow
 from tightbeam.edge.recipe import Codecs
+from tightbeam.federation.contract.budgets import PlannedWork, Spent, choose_codec, codec_text
 from tightbeam.federation.profiles import DEVICES, NETWORKS, Budget, NetworkProfile, steps_seconds
 from tightbeam.federation.scenario import ClientSection
-from tightbeam.federation.server.budgets import Plan, Spent, choose_codec, codec_text
 
 LINE = NetworkProfile(up_mbps=8, down_mbps=80, rtt_ms=100)
 
@@ -41,9 +41,9 @@ def test_a_step_pays_a_round_trip_its_bytes_and_the_clouds_work() -> None:
     assert steps_seconds(LINE, [row, row], cloud_gflops=4) == pytest.approx(2 * (0.1 + 0.5 + 0.1 + 0.5))
 
 
-def _plan(**changes: float) -> Plan:
+def _plan(**changes: float) -> PlannedWork:
     base = {"tokens": 1000, "hidden_size": 100, "adapter_bytes": 0, "joules": 10.0, "cloud_flops": 0}
-    return Plan(**({"gradients": True} | base | changes), dtype="float32")  # type: ignore[arg-type]  # numbers
+    return PlannedWork(**({"gradients": True} | base | changes), dtype="float32")  # type: ignore[arg-type]  # numbers
 
 
 def test_the_first_codec_that_fits_is_taken() -> None:
@@ -83,7 +83,7 @@ def test_what_is_cached_in_the_own_codec_beats_a_smaller_one() -> None:
     options = ClientSection(budget=Budget(mb=0.1, degrade=["int8"]))
     held = Codecs()
 
-    def plan_for(codecs: Codecs) -> Plan:
+    def plan_for(codecs: Codecs) -> PlannedWork:
         return _plan(tokens=0 if codecs == held else 1000)
 
     assert choose_codec(options, plan_for, Spent(0.05, 0, 0)) == (held, "")

@@ -16,9 +16,9 @@ from safetensors.numpy import load_file
 from support.commands import Command
 from support.edge_runs import byte_tokenizer, tiny_llama, write_jsonl
 from tightbeam.edge.report.meter import read_ledger
-from tightbeam.federation.client.client_app import app
 from tightbeam.federation.runtimes.grid import ClientCall
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
+from tightbeam.simulations.client_app import app
 from tightbeam.simulations.experiment import run_apps, run_scenario
 
 __all__ = ["TOPICS", "Playground", "Signed", "figures", "losing_texts", "save_backbone", "spoiled", "sums"]

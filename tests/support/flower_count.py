@@ -9,8 +9,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.common.serde import recorddict_to_proto
 from numpy.typing import NDArray
 
-from tightbeam.federation.client.client_app import app
 from tightbeam.federation.runtimes.grid import ClientCall
+from tightbeam.simulations.client_app import app
 
 __all__ = ["FlowerCount"]
 

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from tightbeam.common.errors import TightbeamError
 from tightbeam.common.identity.identities import load_identity
 from tightbeam.federation.client.participant import Client
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.client.secure import SecureTask, answer_step
+from tightbeam.federation.contract.records import to_record
+from tightbeam.federation.contract.run_config import RunConfig
+from tightbeam.federation.contract.terms import Purpose
 from tightbeam.federation.runtimes.grid import InProcessGrid
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
-from tightbeam.federation.server.global_adapter import to_record
-from tightbeam.federation.server.secure import SecureRounds, SecureSum, SecureTask, answer_step
-from tightbeam.federation.server.terms import Purpose
+from tightbeam.federation.server.secure import SecureRounds, SecureSum
 
 __all__ = ["SecureNodes", "adapter", "secure_scenario"]
 
@@ -59,7 +60,7 @@ class SecureNodes:
             self.updates.setdefault(name, adapter(number))
             self.weights.setdefault(name, number + 1)
             self.losses.setdefault(name, 1.0 + number)
-        self.settings = Settings(self.scenario, "127.0.0.1:1", self.certs, self.folder)
+        self.settings = RunConfig(self.scenario, "127.0.0.1:1", self.certs, self.folder)
         self.grid = InProcessGrid(self, len(names), {})
         self.ids = dict(zip(names, self.grid.get_node_ids(), strict=True))
         self.server = SecureRounds(self.scenario, BACKBONE)

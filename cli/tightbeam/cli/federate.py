@@ -56,12 +56,12 @@ def run(
     if checked.cloud.address is None:
         raise RecipeError(f"{scenario} names no cloud.", cure="Set cloud.address to where edges reach it.")
     from tightbeam.federation.accounts.report import write_report
-    from tightbeam.federation.client.settings import Settings as RunSettings
-    from tightbeam.federation.runtimes.choosing import run_on_superlink
+    from tightbeam.federation.contract.run_config import RunConfig
+    from tightbeam.federation.runtimes.superlink import run_on_superlink
 
     where, cloud = checked.folder, checked.cloud
     assert cloud.address is not None
-    run_on_superlink(RunSettings(checked, cloud.address, cloud.identities, where, resume), superlink, ca)
+    run_on_superlink(RunConfig(checked, cloud.address, cloud.identities, where, resume), superlink, ca)
     if (where / "ledger.jsonl").exists():
         typer.echo(write_report(where, checked))
     else:

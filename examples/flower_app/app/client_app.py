@@ -1,5 +1,5 @@
 """The client's app."""
 
-from tightbeam.federation.client.client_app import app
+from tightbeam.simulations.client_app import app
 
 __all__ = ["app"]

@@ -33,7 +33,7 @@ from tightbeam.simulations.shards import client_files
 __all__ = ["Runtime", "require_flower", "run_apps", "run_scenario"]
 
 if TYPE_CHECKING:
-    from tightbeam.federation.client.settings import Settings
+    from tightbeam.federation.contract.run_config import RunConfig
     from tightbeam.federation.runtimes.grid import ClientCall
 
 Runtime = Literal["in-process", "ray", "deployed"]
@@ -83,9 +83,9 @@ def _run(scenario: Scenario, resume: bool, runtime: Runtime, shape: bool, consol
         if runtime == "in-process":
             run_apps(scenario, address, identities, console=console, resume=resume, shape=shape)
         else:
-            from tightbeam.federation.client.settings import Settings
+            from tightbeam.federation.contract.run_config import RunConfig
 
-            _run_flower(runtime, Settings(scenario, address, identities, folder, resume, shape))
+            _run_flower(runtime, RunConfig(scenario, address, identities, folder, resume, shape))
     from tightbeam.federation.accounts.report import write_report
 
     return write_report(folder, scenario)
@@ -108,13 +108,13 @@ def run_apps(
     import logging
 
     # Slow to import: a cloud that was just started is loading its model meanwhile.
-    from tightbeam.federation.client.client_app import app
-    from tightbeam.federation.client.settings import Settings
+    from tightbeam.federation.contract.run_config import RunConfig
     from tightbeam.federation.runtimes.grid import Exchange, InProcessGrid, run_in_process
     from tightbeam.federation.server.server_app import app as server_app
+    from tightbeam.simulations.client_app import app
 
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    config = Settings(scenario, address, identities, scenario.folder, resume, shape).run_config()
+    config = RunConfig(scenario, address, identities, scenario.folder, resume, shape).run_config()
     with FederationProgress(scenario, console) as progress:
 
         def on_exchange(exchange: Exchange, reply: Any) -> None:
@@ -126,10 +126,10 @@ def run_apps(
         run_in_process(grid, server_app, config)
 
 
-def _run_flower(runtime: Runtime, settings: "Settings") -> None:
-    from tightbeam.federation.runtimes.choosing import run_deployed, run_on_ray
+def _run_flower(runtime: Runtime, run: "RunConfig") -> None:
+    from tightbeam.simulations.engines import run_deployed, run_on_ray
 
-    (run_on_ray if runtime == "ray" else run_deployed)(settings)
+    (run_on_ray if runtime == "ray" else run_deployed)(run)
 
 
 @contextlib.contextmanager

@@ -14,10 +14,10 @@ from support.recounting import Recount, differences
 from support.recounting_rows import Clients
 from tightbeam.common.errors import CohortError
 from tightbeam.federation.accounts.from_ledger import account
-from tightbeam.federation.client.client_app import app
 from tightbeam.federation.runtimes.grid import ClientCall
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.journal import moved_bytes
+from tightbeam.simulations.client_app import app
 
 LITTLE = {"taps": 2, "width": 8, "heads": 2}
 EVERYTHING: dict[str, Any] = {

@@ -18,9 +18,9 @@ from tightbeam.common.errors import FederationError
 from tightbeam.edge import connect
 from tightbeam.edge.data import collate, load_examples
 from tightbeam.edge.side import Ladder
-from tightbeam.federation.client.adapter import LADDER
+from tightbeam.federation.contract.layers import LADDER, fresh, layers_of
+from tightbeam.federation.contract.records import from_record
 from tightbeam.federation.scenario import Scenario
-from tightbeam.federation.server.global_adapter import fresh, from_record, layers_of
 
 # 24 rows a client, 5 of them held out: five steps of four examples see each of the 19 others once.
 EPOCH = {"steps": 5, "batch_size": 4}

@@ -1,6 +1,5 @@
 """A node that stands for somebody refuses to start on what it was not given; nothing is made up for it."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +7,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from support.federations import Playground
 from tightbeam.common.errors import RecipeError
-from tightbeam.federation.client.client_app import app
-from tightbeam.federation.client.settings import Settings
-from tightbeam.federation.runtimes.grid import InProcessGrid
+from tightbeam.federation.client import client_app
+from tightbeam.federation.client.node_config import node_section
+from tightbeam.federation.contract.run_config import RunConfig
+from tightbeam.federation.runtimes.grid import ClientCall, InProcessGrid
 from tightbeam.federation.server.replies import failure_of
+from tightbeam.simulations import client_app as simulated_client_app
 
 SIMULATED = {"partition-id": 0, "num-partitions": 3}
 
@@ -23,9 +24,9 @@ def own(playground: Playground) -> dict[str, Any]:
     return {"partition-id": 0, "identity": str(playground.folder), "train": data, "eval": data}
 
 
-def _settings(playground: Playground, *, simulated: bool) -> Settings:
+def _settings(playground: Playground, *, simulated: bool) -> RunConfig:
     scenario = playground.scenario(cloud={"insecure": False}, data={"source": "demo"})
-    return Settings(scenario, playground.address, None, scenario.folder, simulated=simulated)
+    return RunConfig(scenario, playground.address, None, scenario.folder, simulated=simulated)
 
 
 @pytest.mark.parametrize(
@@ -46,8 +47,14 @@ def _settings(playground: Playground, *, simulated: bool) -> Settings:
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 @pytest.mark.parametrize("simulated", [False, True])
+@pytest.mark.parametrize("app", [client_app.app, simulated_client_app.app], ids=["production", "simulation"])
 def test_every_key_is_checked_before_anything_is_read(
-    playground: Playground, own: dict[str, Any], changes: dict[str, Any], said: str, simulated: bool
+    playground: Playground,
+    own: dict[str, Any],
+    changes: dict[str, Any],
+    said: str,
+    simulated: bool,
+    app: ClientCall,
 ) -> None:
     config = {key: value for key, value in (own | changes).items() if value is not None}
     if simulated and config.keys() == {"partition-id"}:
@@ -66,27 +73,29 @@ def test_every_key_is_checked_before_anything_is_read(
 
 def test_what_is_whole_is_taken(playground: Playground, own: dict[str, Any]) -> None:
     for simulated in (False, True):
-        found = _settings(playground, simulated=simulated).node(own)
+        found = node_section(own, _settings(playground, simulated=simulated))
         assert (found.train, found.eval) == (playground.data, playground.data)
 
 
 def test_only_a_simulation_deals_out_data(playground: Playground) -> None:
-    assert _settings(playground, simulated=True).node(SIMULATED).train is None
+    assert node_section(SIMULATED, _settings(playground, simulated=True)).train is None
     with pytest.raises(RecipeError, match="no train and no eval and no identity"):
-        _settings(playground, simulated=False).node(SIMULATED)
+        node_section(SIMULATED, _settings(playground, simulated=False))
 
 
 def test_flowers_own_command_simulates_only_when_told(playground: Playground) -> None:
     """A run config that does not say so is a deployment's."""
     config = _settings(playground, simulated=True).run_config()
-    assert Settings.of(config).simulated
+    assert RunConfig.of(config).simulated
     del config["simulated"]
-    assert not Settings.of(config).simulated
+    assert not RunConfig.of(config).simulated
 
 
-def test_a_deployments_nodes_are_never_dealt_data(playground: Playground, tmp_path: Path) -> None:
-    from tightbeam.federation.runtimes.flower import APP_FILES
+@pytest.mark.parametrize(
+    "module", ["tightbeam.federation.client.client_app", "tightbeam.simulations.client_app"]
+)
+def test_a_deployments_nodes_are_never_dealt_data(module: str) -> None:
+    from tightbeam.federation.runtimes.flower import app_files
 
-    assert "simulated = false" in APP_FILES["pyproject.toml"]
-    example = Path(__file__).parents[3] / "examples" / "flower_app" / "pyproject.toml"
-    assert "simulated = false" in example.read_text(encoding="utf-8")
+    assert "simulated = false" in app_files(module)["pyproject.toml"]
+    assert f"from {module} import app" in app_files(module)["app/client_app.py"]

@@ -17,10 +17,10 @@ from support.federations import NUM_BLOCKS, Playground
 from tightbeam.edge import connect
 from tightbeam.edge.data import collate, load_examples
 from tightbeam.federation.client import AdapterShape, CachePlace, Lender, LocalTask, Workplace
-from tightbeam.federation.client.client_app import app
 from tightbeam.federation.client.personal import PersonalPart
+from tightbeam.federation.contract.layers import fresh, layers_of
 from tightbeam.federation.scenario import ClientProfile, Scenario
-from tightbeam.federation.server.global_adapter import fresh, layers_of
+from tightbeam.simulations.client_app import app
 
 SGD = {"optimizer": "sgd", "lr": 0.3, "max_grad_norm": 0}
 

@@ -10,7 +10,8 @@ from flwr.common.serde import recorddict_to_proto
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 
-from tightbeam.federation.runtimes.grid import InProcessGrid, message_bytes, run_in_process
+from tightbeam.federation.contract.records import message_bytes
+from tightbeam.federation.runtimes.grid import InProcessGrid, run_in_process
 
 client = ClientApp()
 server = ServerApp()

@@ -24,10 +24,10 @@ from tightbeam.common.errors import (
     UsageError,
 )
 from tightbeam.common.identity.node_keys import init_federation
-from tightbeam.federation.client.settings import Settings
-from tightbeam.federation.runtimes.choosing import run_deployed
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.runtimes.flower import Flower, _death, tool
 from tightbeam.federation.scenario import Scenario
+from tightbeam.simulations.engines import run_deployed
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 DIED = """INFO :      Start `flwr-serverapp` process
@@ -151,8 +151,8 @@ def test_an_answer_that_is_no_json_is_shown(tmp_path: Path, monkeypatch: pytest.
         flower.ask("list", "superlink")
 
 
-def _settings(playground: Playground, scenario: Scenario) -> Settings:
-    return Settings(scenario, playground.address, None, scenario.folder)
+def _settings(playground: Playground, scenario: Scenario) -> RunConfig:
+    return RunConfig(scenario, playground.address, None, scenario.folder)
 
 
 def _flowers(home: Path) -> list[psutil.Process]:
@@ -201,7 +201,7 @@ def test_a_service_that_dies_ends_the_run_and_leaves_nothing(playground: Playgro
 @pytest.mark.slow
 def test_a_deployed_run_without_cloud_ends_as_in_one_process(playground: Playground) -> None:
     scenario = playground.scenario(clients=2, rounds=1)
-    settings = Settings(scenario, f"127.0.0.1:{free_port()}", None, scenario.folder)
+    settings = RunConfig(scenario, f"127.0.0.1:{free_port()}", None, scenario.folder)
     with pytest.raises(CloudUnavailableError, match="tightbeam serve") as caught:
         run_deployed(settings)
     assert caught.value.exit_code == 6
@@ -220,7 +220,7 @@ def test_a_killed_server_goes_on_where_it_was(playground: Playground) -> None:
     assert state.exists()
     assert not (cut_off.folder / "adapter").exists()
     shutil.copytree(cut_off.folder, cut_off.folder.with_suffix(".untouched"))
-    resumed = Settings(cut_off, playground.address, None, cut_off.folder, resume=True)
+    resumed = RunConfig(cut_off, playground.address, None, cut_off.folder, resume=True)
     run_deployed(resumed)
     left, right = playground.state(whole), playground.state(cut_off)
     assert left.keys() == right.keys()

@@ -10,14 +10,14 @@ from safetensors.numpy import load_file
 
 from support.federations import Playground
 from tightbeam.common.errors import FederationError, RecipeError, UsageError
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.requirements import require_ray
-from tightbeam.federation.runtimes.choosing import (
+from tightbeam.federation.runtimes.flower import app_files, flower_environment
+from tightbeam.federation.scenario import Scenario
+from tightbeam.simulations.engines import (
     run_deployed,
     run_on_ray,
 )
-from tightbeam.federation.runtimes.flower import APP_FILES, flower_environment
-from tightbeam.federation.scenario import Scenario
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "flower_app"
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -30,8 +30,8 @@ SMALL: dict[str, Any] = {
 }
 
 
-def _settings(playground: Playground, scenario: Scenario) -> Settings:
-    return Settings(scenario, playground.address, None, scenario.folder)
+def _settings(playground: Playground, scenario: Scenario) -> RunConfig:
+    return RunConfig(scenario, playground.address, None, scenario.folder)
 
 
 def _require_equal(playground: Playground, one: Scenario, other: Scenario) -> None:
@@ -85,7 +85,7 @@ def test_without_ray_the_cure_is_one_command(playground: Playground) -> None:
 
 
 def test_the_example_is_the_project_that_is_run() -> None:
-    for name, text in APP_FILES.items():
+    for name, text in app_files("tightbeam.simulations.client_app").items():
         lines = (EXAMPLE / name).read_text(encoding="utf-8").splitlines()
         assert [line for line in lines if not line.startswith("#")] == text.splitlines(), name
     assert {path.suffix for path in EXAMPLE.rglob("*") if path.is_file()} <= {".py", ".toml", ""}
@@ -100,9 +100,9 @@ def test_flower_is_kept_offline_and_in_its_own_home(tmp_path: Path) -> None:
 
 def test_the_run_config_survives_flower_and_says_what_is_missing(playground: Playground) -> None:
     settings = _settings(playground, playground.scenario(groups={"a": {"clients": 1, "network": "4g"}}))
-    assert Settings.of(settings.run_config()) == settings
+    assert RunConfig.of(settings.run_config()) == settings
     with pytest.raises(RecipeError, match="The run config has no cloud"):
-        Settings.of({"scenario": "x.yaml"})
+        RunConfig.of({"scenario": "x.yaml"})
     with pytest.raises(RecipeError, match="partition-id 7; the scenario has 3 clients"):
         settings.profile({"partition-id": 7})
     with pytest.raises(RecipeError, match="partition-id None"):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from support.federations import Signed
-from tightbeam.federation.client.settings import Settings
-from tightbeam.federation.runtimes.choosing import run_deployed, run_on_ray
+from tightbeam.federation.contract.run_config import RunConfig
+from tightbeam.simulations.engines import run_deployed, run_on_ray
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 pytestmark = pytest.mark.slow
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 def test_the_masked_sum_is_the_same_on_every_runtime(engine: str, signed: Signed) -> None:
     changes: dict[str, Any] = {"clients": 3, "rounds": 1, "strategy": {"secure": True}}
     here, there = signed.run(**changes), signed.scenario(**changes)
-    settings = Settings(there, signed.playground.address, signed.certs, there.folder)
+    settings = RunConfig(there, signed.playground.address, signed.certs, there.folder)
     (run_deployed if engine == "deployed" else run_on_ray)(settings)
     left, right = signed.playground.state(here), signed.playground.state(there)
     assert left.keys() == right.keys()

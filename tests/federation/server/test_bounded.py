@@ -13,10 +13,12 @@ from tightbeam.common.errors import CloudUnavailableError
 from tightbeam.edge.link import connection
 from tightbeam.edge.link.carrier import RetryPolicy
 from tightbeam.federation.client import client_app, participant
+from tightbeam.federation.contract.layers import layers_of
+from tightbeam.federation.contract.records import to_record
 from tightbeam.federation.runtimes.grid import InProcessGrid
 from tightbeam.federation.scenario import scenario_from_mapping
 from tightbeam.federation.server.exchange import exchange
-from tightbeam.federation.server.global_adapter import GlobalAdapter, layers_of, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter
 from tightbeam.federation.server.journal import Journal
 from tightbeam.federation.server.replies import Node
 from tightbeam.federation.server.strategy import FederatedLora

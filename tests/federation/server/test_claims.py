@@ -8,12 +8,12 @@ from flwr.app import Context, Message
 
 from support.federations import Playground
 from tightbeam.common.errors import FederationError
-from tightbeam.federation.client.client_app import app
-from tightbeam.federation.client.settings import Settings
-from tightbeam.federation.runtimes.choosing import run_deployed
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.runtimes.flower import Flower
 from tightbeam.federation.runtimes.grid import InProcessGrid
 from tightbeam.federation.server.claims import Claims
+from tightbeam.simulations.client_app import app
+from tightbeam.simulations.engines import run_deployed
 
 IMPOSTOR, VICTIM = 4, 3  # nodes; the first is 2
 
@@ -89,4 +89,4 @@ def test_a_node_with_a_registered_key_is_the_client_that_the_key_was_registered_
     monkeypatch.setattr(Flower, "register", swapped)
     scenario = playground.scenario(clients=2, rounds=1)
     with pytest.raises(FederationError, match=r"\(registered as client-0.\) says that it is client-0."):
-        run_deployed(Settings(scenario, playground.address, None, scenario.folder))
+        run_deployed(RunConfig(scenario, playground.address, None, scenario.folder))

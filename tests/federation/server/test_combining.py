@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Context, Message, MetricRecord, RecordDict
 
+from tightbeam.federation.contract.records import to_record
 from tightbeam.federation.math import LoraAdapter, Update, beyond, parse_adapter
 from tightbeam.federation.runtimes.grid import InProcessGrid
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
@@ -17,7 +18,7 @@ from tightbeam.federation.server.combining import (
     combiner_for,
     trained_part,
 )
-from tightbeam.federation.server.global_adapter import GlobalAdapter, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter
 
 RANK, SCALE = 2, 2.0
 

@@ -9,10 +9,10 @@ import pytest
 
 from support.federations import Playground, Signed
 from tightbeam.common.errors import RecipeError
-from tightbeam.federation.client.client_app import app
-from tightbeam.federation.client.settings import Settings
-from tightbeam.federation.runtimes.choosing import run_on_ray
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.scenario import FLOWER_STRATEGIES, scenario_from_mapping
+from tightbeam.simulations.client_app import app
+from tightbeam.simulations.engines import run_on_ray
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 OURS = ("fedit", "ffa", "flora", "flexlora", "hetlora", "zeropad")
@@ -85,7 +85,7 @@ def test_a_round_goes_through(
     else:
         scenario = playground.scenario(**changes)
     if runtime == "ray":
-        run_on_ray(Settings(scenario, playground.address, scenario.cloud.identities, scenario.folder))
+        run_on_ray(RunConfig(scenario, playground.address, scenario.cloud.identities, scenario.folder))
     else:
         playground.run_with(scenario, app)
     rows = playground.rows(scenario, "client_round")

@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tightbeam.federation.contract.layers import layers_of
+from tightbeam.federation.contract.records import from_record, to_record
 from tightbeam.federation.math import LoraAdapter, parse_adapter
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, layers_of, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter
 
 SHAPES = {f"m.layers.{n}.q.lora_{f}.weight": s for n in (0, 5) for f, s in (("A", (4, 12)), ("B", (10, 4)))}
 LAYERS = layers_of(SHAPES, "test")

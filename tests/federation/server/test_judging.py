@@ -10,8 +10,8 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 
 from support.federations import Playground, figures, spoiled
 from tightbeam.common.errors import FederationError
+from tightbeam.federation.contract.records import from_record
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
-from tightbeam.federation.server.global_adapter import from_record
 from tightbeam.federation.server.judging import figures_told, layers_told, said
 
 SCENARIO = scenario_from_mapping({"clients": 3, "rounds": 1})

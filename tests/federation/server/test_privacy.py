@@ -13,15 +13,16 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from support.federations import Playground, Signed, losing_texts
 from support.secure_nodes import SecureNodes, secure_scenario
 from tightbeam.common.errors import RecipeError
-from tightbeam.federation.client.client_app import app
+from tightbeam.federation.contract.records import from_record, to_record
 from tightbeam.federation.math import Update, parse_adapter
 from tightbeam.federation.math.privacy import length
 from tightbeam.federation.runtimes.grid import InProcessGrid
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.federation.server.combining import Accepted, ByPrivateFlower
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter
 from tightbeam.federation.server.privacy import Accounting, adaptive_multiplier, private_strategy
 from tightbeam.federation.server.secure import SecureRounds, SecureSum
+from tightbeam.simulations.client_app import app
 
 Z, NORM = 1.5, 0.2
 SHAPES = {"m.layers.0.q.lora_A.weight": (2, 4000), "m.layers.0.q.lora_B.weight": (3000, 2)}

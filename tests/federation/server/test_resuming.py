@@ -10,9 +10,9 @@ from flwr.app import ConfigRecord, Context, Message
 from support.federations import Playground, Signed, spoiled
 from tightbeam.common.errors import FederationError, RecipeError
 from tightbeam.edge.report.meter import read_ledger
-from tightbeam.federation.client.client_app import app
 from tightbeam.federation.scenario import Scenario, scenario_from_mapping
 from tightbeam.federation.server.resuming import MAY_CHANGE, changes
+from tightbeam.simulations.client_app import app
 
 DOCS = Path(__file__).parents[3] / "docs" / "federation.md"
 

@@ -11,10 +11,10 @@ from rich.console import Console
 
 from support.federations import Playground, Signed
 from tightbeam.common.errors import FederationError, UsageError
-from tightbeam.federation.client.client_app import app
+from tightbeam.federation.contract.terms import CLIP
 from tightbeam.federation.runtimes.grid import InProcessGrid
 from tightbeam.federation.secagg import FixedPoint
-from tightbeam.federation.server.terms import CLIP
+from tightbeam.simulations.client_app import app
 from tightbeam.simulations.experiment import run_apps
 
 SCALE = 2.0  # the state's B holds it

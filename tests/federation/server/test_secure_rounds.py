@@ -11,8 +11,8 @@ from support.secure_nodes import SecureNodes, adapter, secure_scenario
 from tightbeam.common.errors import CohortError, FederationError, ProtocolError
 from tightbeam.common.identity.authority import init_certificates
 from tightbeam.federation.client.participant import Client
+from tightbeam.federation.client.secure import answer_step, shown
 from tightbeam.federation.secagg.messages import MaskedVector
-from tightbeam.federation.server.secure import answer_step, shown
 
 CLIENTS = 5
 NAMES = [f"client-{number:02d}" for number in range(CLIENTS)]

@@ -9,9 +9,11 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 
 from support.federations import figures
 from tightbeam.common.errors import CohortError, DataError
+from tightbeam.federation.contract.layers import layers_of
+from tightbeam.federation.contract.records import from_record, to_record
 from tightbeam.federation.runtimes.grid import InProcessGrid
 from tightbeam.federation.scenario import scenario_from_mapping
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, layers_of, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter
 from tightbeam.federation.server.journal import Journal
 from tightbeam.federation.server.replies import Node, failure_of
 from tightbeam.federation.server.strategy import FederatedLora

@@ -4,12 +4,11 @@ No Flower here: arrays in, arrays and figures out. Names of arrays are those of 
 """
 
 from tightbeam.edge.link.offer import held_bytes
-from tightbeam.federation.client.adapter import LADDER, SplitAdapter, ladder_prefix
+from tightbeam.federation.client.adapter import SplitAdapter
 from tightbeam.federation.client.lender import AdapterShape, Lender, pad_id
 from tightbeam.federation.client.work import CachePlace, LocalTask, Work, Workplace
 
 __all__ = [
-    "LADDER",
     "AdapterShape",
     "CachePlace",
     "Lender",
@@ -18,6 +17,5 @@ __all__ = [
     "Work",
     "Workplace",
     "held_bytes",
-    "ladder_prefix",
     "pad_id",
 ]

@@ -8,8 +8,6 @@ Arrays are sorted into those below the cut, those above it and the ladder. Which
 client's choice (`shared`); the others are its own and stay.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
@@ -25,18 +23,10 @@ from tightbeam.common.errors import UpdateRefusedError
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.model.remote_trunk import RemoteTrunk
 from tightbeam.edge.side import SidePlan, save_side, side_of, side_parameters
+from tightbeam.federation.contract.layers import LADDER, ladder_prefix
 from tightbeam.federation.math import Arrays, LoraAdapter, LoraModule, fold
 
-__all__ = ["LADDER", "SplitAdapter", "ladder_prefix"]
-
-LADDER = "ladder."
-"""Names of a ladder's arrays begin with it."""
-
-
-def ladder_prefix(plan: SidePlan) -> str:
-    """What the names of a ladder's arrays begin with: `ladder.<cut>.<digest>.`."""
-    digest = hashlib.sha256(json.dumps(plan.facts(), sort_keys=True).encode()).hexdigest()
-    return f"{LADDER}{plan.cut}.{digest[:12]}."
+__all__ = ["SplitAdapter"]
 
 
 class SplitAdapter:

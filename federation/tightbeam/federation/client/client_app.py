@@ -24,36 +24,83 @@ from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.errors import TightbeamError
 from tightbeam.edge.link.connection import Cloud
 from tightbeam.federation.client import Lender, LocalTask
+from tightbeam.federation.client.clipping import clipped_reply
+from tightbeam.federation.client.exported import exported_loss
 from tightbeam.federation.client.figures import backbone_facts, counted, figures_of, weight_bytes_of
 from tightbeam.federation.client.limits import affordable_codec, require_memory
+from tightbeam.federation.client.node_config import node_section
 from tightbeam.federation.client.participant import Client, Leaving
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.client.secure import SecureTask, answer_step, certificate_of, shown
+from tightbeam.federation.client.surroundings import RealSurroundings, Surroundings
+from tightbeam.federation.contract.budgets import codec_text
+from tightbeam.federation.contract.messages import EXPORTED
+from tightbeam.federation.contract.records import from_record, to_record
+from tightbeam.federation.contract.run_config import RunConfig
+from tightbeam.federation.contract.terms import Purpose
 from tightbeam.federation.math import LoraAdapter, parse_adapter
-from tightbeam.federation.server.budgets import codec_text
-from tightbeam.federation.server.exported import MESSAGE, exported_loss
-from tightbeam.federation.server.global_adapter import from_record, to_record
-from tightbeam.federation.server.privacy import clipped_reply
-from tightbeam.federation.server.secure import SecureTask, answer_step, certificate_of, shown
-from tightbeam.federation.server.terms import Purpose
 
-__all__ = ["app", "evaluate", "exported", "hello", "layers", "secure", "train"]
-
-app = ClientApp()
-_LENDER = Lender()  # one per process: its models serve every client that this process plays
+__all__ = ["app", "client_app"]
 
 
-def _answer(message: Message, context: Context, work: Callable[[Client], RecordDict]) -> Message:
+def client_app(surroundings: Surroundings) -> ClientApp:
+    """The app of a client in these surroundings. Its models serve every client that its process plays."""
+    app, lender = ClientApp(), Lender()
+
+    def answer(message: Message, context: Context, work: Callable[[Client], RecordDict]) -> Message:
+        return _answer(surroundings, message, context, work)
+
+    @app.query("hello")
+    def hello(message: Message, context: Context) -> Message:
+        """Say which client this node is, and show its certificate in a secure federation."""
+        return answer(message, context, _hello)
+
+    @app.query("secure")
+    def secure(message: Message, context: Context) -> Message:
+        """Answer one exchange of a secure aggregation."""
+        return answer(message, context, lambda client: _secure(client, context, message.content))
+
+    @app.query("layers")
+    def layers(message: Message, context: Context) -> Message:
+        """Name the tensors that this client shares, with their shapes, and what lies below its cut."""
+        return answer(message, context, lambda client: _layers(client, lender))
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        """Train the asked steps from the global adapter and hand in the result."""
+        reply = answer(message, context, lambda client: _train(client, lender, context, message.content))
+        return clipped_reply(message, context, reply)
+
+    @app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """Evaluate the global adapter on what this client held out."""
+        return answer(message, context, lambda client: _evaluate(client, lender, context, message.content))
+
+    @app.evaluate(EXPORTED.partition(".")[2])
+    def exported(message: Message, context: Context) -> Message:
+        """Evaluate the adapter that the server has written, all of it."""
+        return answer(message, context, lambda client: _exported(client, lender, message.content))
+
+    return app
+
+
+app = client_app(RealSurroundings())
+
+
+def _answer(
+    surroundings: Surroundings, message: Message, context: Context, work: Callable[[Client], RecordDict]
+) -> Message:
     """Do the work and reply; what goes wrong is a reply too."""
     name, rows, missed = f"node {context.node_id}", list[StepRow](), list[StepRow]()
     prices = list[PriceList]()
     try:
-        settings = Settings.of(context.run_config)
-        profile = settings.profile(context.node_config)
+        run = RunConfig.of(context.run_config)
+        profile = run.profile(context.node_config)
         name = profile.name
-        settings.node(context.node_config)  # before anything is done with what it lacks
-        if settings.scenario.threads is not None:
-            torch.set_num_threads(settings.scenario.threads)
-        client = Client(settings, profile, dict(context.node_config), rows, missed, prices)
+        node_section(context.node_config, run)  # before anything is done with what it lacks
+        surroundings.require(run)
+        if run.scenario.threads is not None:
+            torch.set_num_threads(run.scenario.threads)
+        client = Client(run, profile, dict(context.node_config), rows, missed, prices, surroundings)
         asked = message.content.config_records.get("config")
         if asked and "known-run" in asked:
             client.recall(str(asked["known-run"]))
@@ -79,91 +126,57 @@ def _notes(**values: str) -> RecordDict:
     return RecordDict({"notes": ConfigRecord(dict(values))})
 
 
-@app.query("hello")
-def hello(message: Message, context: Context) -> Message:
-    """Say which client this node is, and show its certificate in a secure federation."""
-
-    def work(client: Client) -> RecordDict:
-        content = _notes(client=client.profile.name, status="ok")
-        content.config_records["notes"]["certificate"] = certificate_of(client)
-        return content
-
-    return _answer(message, context, work)
+def _hello(client: Client) -> RecordDict:
+    content = _notes(client=client.profile.name, status="ok")
+    content.config_records["notes"]["certificate"] = certificate_of(client)
+    return content
 
 
-@app.query("secure")
-def secure(message: Message, context: Context) -> Message:
-    """Answer one exchange of a secure aggregation."""
-
-    def work(client: Client) -> RecordDict:
-        content = _notes(client=client.profile.name, status="ok")
-        content.config_records["notes"]["secure"] = answer_step(client, context, message.content)
-        return content
-
-    return _answer(message, context, work)
+def _secure(client: Client, context: Context, content: RecordDict) -> RecordDict:
+    reply = _notes(client=client.profile.name, status="ok")
+    reply.config_records["notes"]["secure"] = answer_step(client, context, content)
+    return reply
 
 
-@app.query("layers")
-def layers(message: Message, context: Context) -> Message:
-    """Name the tensors that this client shares, with their shapes, layers below its cut, and its ladder."""
-
-    def work(client: Client) -> RecordDict:
-        with client.cloud(f"layers-{uuid.uuid4().hex[:8]}") as cloud:
-            lent = _LENDER.lend(cloud, client.shape(), client.profile.options.codec)
-            shared = lent.shared(client.profile.options.share)
-            shapes = {name: shape for name, shape in lent.layers().items() if name in shared}
-            below = sorted({name.partition(".lora_")[0] for name in lent.below & shared})
-            side = lent.side.facts() if lent.side and client.profile.options.share == "all" else None
-            facts = {"shapes": shapes, "below": below, "side": side, "backbone": backbone_facts(cloud)}
-        return _notes(client=client.profile.name, status="ok", layers=json.dumps(facts))
-
-    return _answer(message, context, work)
+def _layers(client: Client, lender: Lender) -> RecordDict:
+    options = client.profile.options
+    with client.cloud(f"layers-{uuid.uuid4().hex[:8]}") as cloud:
+        lent = lender.lend(cloud, client.adapter_shape(), options.codec)
+        shared = lent.shared(options.share)
+        shapes = {name: shape for name, shape in lent.layers().items() if name in shared}
+        below = sorted({name.partition(".lora_")[0] for name in lent.below & shared})
+        side = lent.side.facts() if lent.side and options.share == "all" else None
+        facts = {"shapes": shapes, "below": below, "side": side, "backbone": backbone_facts(cloud)}
+    return _notes(client=client.profile.name, status="ok", layers=json.dumps(facts))
 
 
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Train the asked steps from the global adapter and hand in the result."""
-    return clipped_reply(
-        message, context, _answer(message, context, lambda client: _train(client, context, message.content))
-    )
+def _exported(client: Client, lender: Lender, content: RecordDict) -> RecordDict:
+    run = f"{client.profile.name}-x-{uuid.uuid4().hex[:8]}"
+    metrics = exported_loss(client, lender, run, content)
+    reply = _notes(client=client.profile.name, status="ok", run=run)
+    reply.metric_records["metrics"] = metrics
+    return reply
 
 
-@app.evaluate()
-def evaluate(message: Message, context: Context) -> Message:
-    """Evaluate the global adapter on what this client held out."""
-    return _answer(message, context, lambda client: _evaluate(client, context, message.content))
-
-
-@app.evaluate(MESSAGE.partition(".")[2])
-def exported(message: Message, context: Context) -> Message:
-    """Evaluate the adapter that the server has written, all of it."""
-
-    def work(client: Client) -> RecordDict:
-        run = f"{client.profile.name}-x-{uuid.uuid4().hex[:8]}"
-        metrics = exported_loss(client, _LENDER, run, message.content)
-        reply = _notes(client=client.profile.name, status="ok", run=run)
-        reply.metric_records["metrics"] = metrics
-        return reply
-
-    return _answer(message, context, work)
-
-
-def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
+def _train(client: Client, lender: Lender, context: Context, content: RecordDict) -> RecordDict:
     config, scenario = content.config_records["config"], client.scenario
     number = int(str(config["server-round"]))
-    if client.draw("dropout", number).random() < scenario.faults.dropout:
+    if client.surroundings.vanishes(client, number):
         raise Leaving("dropped", "It vanished, as faults.dropout asks.")
     run = f"{client.profile.name}-r{number}-{uuid.uuid4().hex[:8]}"
     with client.cloud(run) as cloud:
         secure = _secure_task(client, context, content, "train", cloud)
-        learn, held_out = client.examples(cloud, _LENDER)
-        lent, task = _LENDER.lend(cloud, client.shape(), client.profile.options.codec), _task(client, number)
+        learn, held_out = client.examples(cloud, lender)
+        lent, task = (
+            lender.lend(cloud, client.adapter_shape(), client.profile.options.codec),
+            _task(client, number),
+        )
         require_memory(client, lent)
         arrays, folded = _received(content)
         lent.wear(client.complete(lent, arrays, number), folded)
         try:
-            codec = affordable_codec(client, cloud, _LENDER, (learn, held_out), task, content)
-            place = client.workplace(cloud, _LENDER, codec, frozen=client.frozen_after(number - 1))
+            codec = affordable_codec(client, cloud, lender, (learn, held_out), task, content)
+            place = client.workplace(cloud, lender, codec, frozen=client.frozen_after(number - 1))
             work = place.train(learn, task, client.rows)
             trained = lent.arrays(only_B=task.only_B)
             handed_in = arrays.keys() & trained.keys() - (lent.below if place.frozen else frozenset())
@@ -174,9 +187,7 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
         finally:
             lent.undress()
         first = weight_bytes_of(cloud, client.profile.options.cut)
-    slow = 1.0
-    if client.draw("straggler", number).random() < scenario.faults.straggler:
-        slow = scenario.faults.slowdown
+    slow = client.surroundings.slowdown(client, number)
     weight = {"tokens": work.learned_tokens, "examples": len(learn), "equal": 1}[scenario.strategy.weight]
     reply = _notes(client=client.profile.name, status="ok", run=run, codec=codec_text(codec))
     up_bytes = update.count_bytes()
@@ -191,14 +202,14 @@ def _train(client: Client, context: Context, content: RecordDict) -> RecordDict:
     return reply
 
 
-def _evaluate(client: Client, context: Context, content: RecordDict) -> RecordDict:
+def _evaluate(client: Client, lender: Lender, context: Context, content: RecordDict) -> RecordDict:
     number = int(str(content.config_records["config"]["server-round"]))
     run = f"{client.profile.name}-e{number}-{uuid.uuid4().hex[:8]}"
     with client.cloud(run) as cloud:
         secure = _secure_task(client, context, content, "evaluate", cloud)
-        _, held_out = client.examples(cloud, _LENDER)
+        _, held_out = client.examples(cloud, lender)
         options = client.profile.options
-        place = client.workplace(cloud, _LENDER, options.codec, frozen=client.frozen_after(number))
+        place = client.workplace(cloud, lender, options.codec, frozen=client.frozen_after(number))
         arrays, folded = _received(content)
         place.lent.wear(client.complete(place.lent, arrays, number + 1), folded)
         try:

@@ -10,7 +10,7 @@ from tightbeam.edge.side import side_of
 from tightbeam.federation.client import Lender, LocalTask, SplitAdapter, Workplace
 from tightbeam.federation.client.figures import cloud_flops, counted
 from tightbeam.federation.client.participant import Client, Leaving
-from tightbeam.federation.server.budgets import Plan, Spent, choose_codec
+from tightbeam.federation.contract.budgets import PlannedWork, Spent, choose_codec
 
 __all__ = ["affordable_codec", "require_memory"]
 
@@ -45,9 +45,11 @@ def affordable_codec(
     number = int(str(config["server-round"]))
     adapter_bytes = content.array_records["arrays"].count_bytes()
 
-    def plan(place: Workplace, tokens: int, flops: int, adapter_bytes: int, *, gradients: bool) -> Plan:
+    def plan(
+        place: Workplace, tokens: int, flops: int, adapter_bytes: int, *, gradients: bool
+    ) -> PlannedWork:
         side = side_of(place.lent.model)
-        return Plan(
+        return PlannedWork(
             tokens=tokens,
             hidden_size=cloud.card.hidden_size,
             dtype=cloud.card.dtype,
@@ -59,7 +61,7 @@ def affordable_codec(
             tap_size=side.plan.tap_size if side else 0,
         )
 
-    def round_with(codecs: Codecs) -> Plan:
+    def round_with(codecs: Codecs) -> PlannedWork:
         frozen = client.frozen_after(number - 1)
         place = client.workplace(cloud, lender, codecs, frozen=frozen)
         flops, tokens = place.planned_flops(learn, task), place.plan_tokens(learn, task)

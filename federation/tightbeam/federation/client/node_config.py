@@ -12,6 +12,7 @@ from pydantic import Field
 
 from tightbeam.common.errors import RecipeError
 from tightbeam.common.settings.sections import Section, checked_section
+from tightbeam.federation.contract.run_config import RunConfig
 
 __all__ = ["NodeSection", "node_section"]
 
@@ -32,8 +33,8 @@ class NodeSection(Section):
     cloud: str | None = Field(default=None, pattern=r"^.+:\d{1,5}$", description="host:port, if its own.")
 
 
-def node_section(node_config: Mapping[str, Any], *, simulated: bool, needs_identity: bool) -> NodeSection:
-    """Check what a node was started with.
+def node_section(node_config: Mapping[str, Any], run: RunConfig) -> NodeSection:
+    """Check what a node was started with for this run.
 
     Raises:
         RecipeError: a key is unknown, of another kind or missing, or names no file; names it.
@@ -41,10 +42,11 @@ def node_section(node_config: Mapping[str, Any], *, simulated: bool, needs_ident
     """
     own = {key: value for key, value in node_config.items() if key not in _FLOWERS}
     found = checked_section(NodeSection, own, origin="the node config", cure=_CURE)
-    if simulated and not own:
+    if run.simulated and not own:
         return found
     wanted = {"train": found.train, "eval": found.eval}
-    wanted |= {"identity": found.identity} if needs_identity else {}
+    if run.identities is None and not run.scenario.cloud.insecure:
+        wanted |= {"identity": found.identity}
     missing = [key for key, value in wanted.items() if value is None]
     if missing:
         raise RecipeError(f"The node config has no {' and no '.join(missing)}.", cure=_CURE)

@@ -1,4 +1,4 @@
-"""One client of a scenario inside one message: what it has, and its own connection to the cloud."""
+"""One client of a federation inside one message: what it has, and its own connection to the cloud."""
 
 import logging
 import math
@@ -18,13 +18,13 @@ from tightbeam.edge.link.connection import Cloud, connect
 from tightbeam.edge.recipe import Codecs
 from tightbeam.edge.report.meter import JsonlLedger, read_ledger
 from tightbeam.federation.client import AdapterShape, CachePlace, Lender, SplitAdapter, Workplace, pad_id
+from tightbeam.federation.client.node_config import NodeSection, node_section
 from tightbeam.federation.client.personal import PersonalPart
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.client.surroundings import RealSurroundings, Surroundings
+from tightbeam.federation.contract.layers import fresh, layers_of
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.math import Arrays
 from tightbeam.federation.scenario import ClientProfile, Scenario
-from tightbeam.federation.server.global_adapter import fresh, layers_of
-from tightbeam.simulations.shaping import ShapedLine, require_local
-from tightbeam.simulations.shards import client_files
 
 __all__ = ["Client", "Leaving"]
 
@@ -62,22 +62,28 @@ def _noting_away(address: str) -> Iterator[None]:
 class Client:
     """One client in one message."""
 
-    settings: Settings
+    run_config: RunConfig
     profile: ClientProfile
     node_config: dict[str, Any]
     rows: list[StepRow] = field(default_factory=list)  # accounts of its steps in this message
     missed: list[StepRow] = field(default_factory=list)  # those of which the server has not heard
     prices: list[PriceList] = field(default_factory=list)  # that its cloud asks for, once it is connected
+    surroundings: Surroundings = field(default_factory=RealSurroundings)
 
     @property
     def scenario(self) -> Scenario:
         """The experiment it takes part in."""
-        return self.settings.scenario
+        return self.run_config.scenario
+
+    @property
+    def node(self) -> NodeSection:
+        """What its node was started with; raises as `node_section`."""
+        return node_section(self.node_config, self.run_config)
 
     @property
     def folder(self) -> Path:
         """Its own files."""
-        return self.settings.folder / "clients" / self.profile.name
+        return self.run_config.folder / "clients" / self.profile.name
 
     @property
     def answered(self) -> Path:
@@ -91,7 +97,7 @@ class Client:
         """What it keeps to itself between rounds."""
         return PersonalPart(self.folder / "personal")
 
-    def shape(self) -> AdapterShape:
+    def adapter_shape(self) -> AdapterShape:
         """Its own cut and rank, with the adapter that all share."""
         adapter, options = self.scenario.adapter, self.profile.options
         targets = adapter.target_modules
@@ -114,7 +120,7 @@ class Client:
         self, cloud: Cloud, lender: Lender, codec: Codecs, *, frozen: bool, shape: AdapterShape | None = None
     ) -> Workplace:
         """Its model with steps of this codec, and its cache; of its own shape if no other is given."""
-        shape = shape or self.shape()
+        shape = shape or self.adapter_shape()
         return Workplace(
             lent=lender.lend(cloud, shape, codec),
             shape=shape,
@@ -141,8 +147,10 @@ class Client:
             return shared
         own = self.personal.before(number)
         if own is None:
-            start = fresh(layers_of(lent.layers(), self.profile.name), self.shape().r, self.scenario.seed)
-            own = {n: a for n, a in start.state(self.shape().scale).items() if n not in names}
+            start = fresh(
+                layers_of(lent.layers(), self.profile.name), self.adapter_shape().r, self.scenario.seed
+            )
+            own = {n: a for n, a in start.state(self.adapter_shape().scale).items() if n not in names}
         return {**own, **shared}
 
     def draw(self, what: str, number: int) -> random.Random:
@@ -152,10 +160,10 @@ class Client:
     @contextmanager
     def cloud(self, run: str) -> Iterator[Cloud]:
         """Open its own connection; the accounts of its steps go to `rows` and to its ledger."""
-        own = self.settings.node(self.node_config)
-        identity, address = own.identity, own.cloud or self.settings.address
-        if identity is None and self.settings.identities is not None:
-            identity = self.settings.identities / self.profile.name
+        run_config, own = self.run_config, self.node
+        identity, address = own.identity, own.cloud or run_config.address
+        if identity is None and run_config.identities is not None:
+            identity = run_config.identities / self.profile.name
         self.folder.mkdir(parents=True, exist_ok=True)
         with JsonlLedger(self._ledger) as ledger:
 
@@ -166,7 +174,7 @@ class Client:
 
             with (
                 _noting_away(address),
-                self._line(address) as reached,
+                self.surroundings.line(self, address) as reached,
                 connect(
                     reached,
                     identity=identity,
@@ -191,24 +199,9 @@ class Client:
         known = max((number for number, row in enumerate(steps, 1) if row.run == run), default=0)
         self.missed.extend(steps[known:])
 
-    @contextmanager
-    def _line(self, address: str) -> Iterator[str]:
-        """Where to reach the cloud: at its address, or through a line as slow as the profile says."""
-        if self.settings.shape:
-            require_local(address)
-            with ShapedLine(address, self.profile.options.network) as line:
-                yield line.address
-        else:
-            yield address
-
     def examples(self, cloud: Cloud, lender: Lender) -> tuple[list[Example], list[Example]]:
         """Give what it learns from, and what is held out."""
-        own = self.settings.node(self.node_config)
-        if own.train is not None and own.eval is not None:
-            paths = own.train, own.eval
-        else:
-            paths = client_files(self.scenario, self.settings.folder, self.profile.name)
-        data = self.scenario.data
+        data, paths = self.scenario.data, self.surroundings.texts(self)
         learn, test = (
             lender.examples(cloud, path, max_length=data.max_length, answer_only=data.answer_only)
             for path in paths

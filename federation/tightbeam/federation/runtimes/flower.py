@@ -30,10 +30,11 @@ from tightbeam.common.errors import (
     reason,
 )
 from tightbeam.common.files import atomic_write
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.contract.run_config import RunConfig
 
-__all__ = ["APP_FILES", "ENVIRONMENT", "Flower", "flower_environment", "flower_home", "tool"]
+__all__ = ["ENVIRONMENT", "Flower", "app_files", "flower_environment", "flower_home", "tool"]
 
+_CLIENT_APP = "tightbeam.federation.client.client_app"
 _RUN_S = 86_400.0
 _ASK_S = 5.0  # asking takes `flwr` two seconds of computing
 _WATCH_S = 0.5
@@ -81,17 +82,10 @@ simulated = false
 """
 _IMPORT = '''"""The {0}'s app."""
 
-from tightbeam.federation.{0}.{0}_app import app
+from {1} import app
 
 __all__ = ["app"]
 '''
-APP_FILES: Mapping[str, str] = {
-    "pyproject.toml": _PROJECT,
-    "app/__init__.py": '"""The two names that Flower asks a project for."""\n',
-    "app/client_app.py": _IMPORT.format("client"),
-    "app/server_app.py": _IMPORT.format("server"),
-}
-"""A Flower project, by path; examples/flower_app is the same, with comments."""
 _ENDED = re.compile(r"\btightbeam\.common\.errors\.(\w+): (.*)")
 _ANY_ERROR = re.compile(r"^\s*([\w.]*(?:Error|Exception)\b.*:.*)$", re.M)
 
@@ -106,9 +100,17 @@ class Flower:
     ca: Path | None = None  # which signed the SuperLink's certificate
 
     @classmethod
-    def prepare(cls, home: Path, connection: str, address: str, ca: Path | None = None) -> Self:
+    def prepare(
+        cls,
+        home: Path,
+        connection: str,
+        address: str,
+        ca: Path | None = None,
+        *,
+        client_app: str = _CLIENT_APP,
+    ) -> Self:
         """Write settings and project; `:local:` as address is a SuperLink that `flwr` starts itself."""
-        for name, text in APP_FILES.items():
+        for name, text in app_files(client_app).items():
             atomic_write(home / "project" / name, text)
         trust = "" if ca is None else f"root-certificates = {json.dumps(str(ca.absolute()))}\n"
         section = f'[superlink.{connection}]\naddress = "{address}"\n{trust}'
@@ -217,7 +219,7 @@ class Flower:
                 admitted.append(key.stem)
         return admitted
 
-    def run(self, settings: Settings, *options: str, watch: Callable[[], None] = lambda: None) -> None:
+    def run(self, run: RunConfig, *options: str, watch: Callable[[], None] = lambda: None) -> None:
         """Submit a run and wait for its end; `watch` may raise meanwhile.
 
         Raises:
@@ -225,7 +227,7 @@ class Flower:
             FederationError: it ended otherwise than well, or too late; and as `ask`.
 
         """
-        lines = (f"{key} = {json.dumps(value)}" for key, value in settings.run_config().items())
+        lines = (f"{key} = {json.dumps(value)}" for key, value in run.run_config().items())
         config = self.home / "experiment.toml"
         atomic_write(config, "\n".join(lines) + "\n")
         with _watched(watch):
@@ -259,6 +261,19 @@ def _watched(watch: Callable[[], None]) -> Iterator[None]:
     except (CloudUnavailableError, FederationError):
         watch()
         raise
+
+
+def app_files(client_app: str = _CLIENT_APP) -> dict[str, str]:
+    """A Flower project, by path; `client_app` is the client app's module.
+
+    examples/flower_app is that of simulations, with comments.
+    """
+    return {
+        "pyproject.toml": _PROJECT,
+        "app/__init__.py": '"""The two names that Flower asks a project for."""\n',
+        "app/client_app.py": _IMPORT.format("client", client_app),
+        "app/server_app.py": _IMPORT.format("server", "tightbeam.federation.server.server_app"),
+    }
 
 
 def flower_home(folder: Path) -> Path:

@@ -26,7 +26,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["ClientCall", "Exchange", "InProcessGrid", "message_bytes", "run_in_process"]
+__all__ = ["ClientCall", "Exchange", "InProcessGrid", "run_in_process"]
 
 ClientCall = Callable[[Message, Context], Message]  # a ClientApp is one
 _FIRST_CLIENT = 2  # node 1 is the server
@@ -41,11 +41,6 @@ class Exchange:
     down_bytes: int  # serialised content, server to client
     up_bytes: int
     seconds: float
-
-
-def message_bytes(message: Message) -> int:
-    """Size of a message's content as Flower's protobuf; 0 for an error, which has none."""
-    return int(recorddict_to_proto(message.content).ByteSize()) if message.has_content() else 0
 
 
 class InProcessGrid(Grid):

@@ -18,6 +18,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAdam, FedAvgM, FedMedian, FedYogi, Krum, Strategy
 from numpy.typing import NDArray
 
+from tightbeam.federation.contract.messages import ADAPTIVE
+from tightbeam.federation.contract.records import from_record, measurable, to_record
 from tightbeam.federation.math import (
     Aggregate,
     Arrays,
@@ -32,14 +34,12 @@ from tightbeam.federation.math import (
     principal,
 )
 from tightbeam.federation.scenario import FLOWER_STRATEGIES, Scenario
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, restricted, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter, restricted
 from tightbeam.federation.server.privacy import (
-    ADAPTIVE,
     Accounting,
     Adaptive,
     Chosen,
     adaptive_multiplier,
-    measurable,
     private_strategy,
 )
 

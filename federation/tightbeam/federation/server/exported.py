@@ -9,22 +9,19 @@ of the experiment.
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
-from tightbeam.federation.client import AdapterShape, Lender
-from tightbeam.federation.client.figures import figures_of, weight_bytes_of
-from tightbeam.federation.client.participant import Client, Leaving
+from tightbeam.federation.contract.messages import EXPORTED
+from tightbeam.federation.contract.records import to_record
 from tightbeam.federation.math import LoraAdapter
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.exchange import exchange
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter
 from tightbeam.federation.server.replies import Node, account_of, cost_of, spread
 from tightbeam.federation.server.strategy import FederatedLora
 
-__all__ = ["MESSAGE", "evaluate_exported", "exported_loss"]
-
-MESSAGE = "evaluate.exported"
+__all__ = ["evaluate_exported"]
 
 
 def evaluate_exported(strategy: FederatedLora, grid: Grid, final: GlobalAdapter) -> None:
@@ -42,7 +39,7 @@ def evaluate_exported(strategy: FederatedLora, grid: Grid, final: GlobalAdapter)
     arrays, cut = to_record(even.state(scenario.adapter.scale)), _widest_cut(nodes.values())
     config: dict[str, Any] = {"server-round": scenario.rounds, "first": True, "cut": cut, "r": even.rank}
     sent = [
-        Message(RecordDict({"arrays": arrays, "config": ConfigRecord(dict(config))}), node_id, MESSAGE)
+        Message(RecordDict({"arrays": arrays, "config": ConfigRecord(dict(config))}), node_id, EXPORTED)
         for node_id in nodes
     ]
     losses = {}
@@ -54,33 +51,6 @@ def evaluate_exported(strategy: FederatedLora, grid: Grid, final: GlobalAdapter)
             losses[name] = row["loss"], row["weight"]
     if losses:
         journal.append("exported", round=scenario.rounds, asked=True, **(spread(losses) or {}))
-
-
-def exported_loss(client: Client, lender: Lender, run: str, content: RecordDict) -> MetricRecord:
-    """A client's side: the loss of the whole adapter on what it held out, with what that took.
-
-    Raises `Leaving` where its device or its budget is too small for it.
-    """
-    config, options = content.config_records["config"], client.profile.options
-    if options.budget.limited:
-        raise Leaving("skipped", "It has a budget, and this is beside the experiment.")
-    adapter, cut = client.shape(), str(config["cut"])
-    shape = AdapterShape(
-        cut, "ushape", int(str(config["r"])), adapter.scale, target_modules=adapter.target_modules
-    )
-    with client.cloud(run) as cloud:
-        _, held_out = client.examples(cloud, lender)
-        place = client.workplace(cloud, lender, options.codec, frozen=False, shape=shape)
-        if place.lent.weight_bytes > options.device.memory_mb * 1e6:
-            raise Leaving("skipped", f"Its device does not hold the blocks of cut {cut}.")
-        place.lent.wear(place.lent.padded(from_record(content.array_records["arrays"])))
-        try:
-            work = place.evaluate(held_out, client.scenario.train.batch_size, client.rows)
-        finally:
-            place.lent.undress()
-        more = weight_bytes_of(cloud, cut) - weight_bytes_of(cloud, options.cut)
-    figures = figures_of(client, content, work, 0, more, 1.0)
-    return MetricRecord({"weight": work.learned_tokens, "examples": len(held_out), **figures})
 
 
 def _wears_all(node: Node, final: GlobalAdapter, whole: LoraAdapter, scenario: Scenario) -> bool:

@@ -4,83 +4,21 @@ It covers what every client shares, in float64, with the scale in B (see `federa
 ladders of mode side. A client gets its own of them, layers at its own rank and scale, in float32.
 """
 
-import io
-import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
-from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 
+from tightbeam.federation.contract.layers import fresh
 from tightbeam.federation.math import Arrays, LoraAdapter, beyond, parse_adapter, plus
 from tightbeam.federation.math.lowrank import best_rank, stack
 
-__all__ = ["GlobalAdapter", "fresh", "from_record", "layers_of", "restricted", "to_record"]
+__all__ = ["GlobalAdapter", "restricted"]
 
 _LEARNED, _FOLDED = "learned/", "folded/"
 _NOTHING = LoraAdapter({}, {})
-
-
-def to_record(arrays: Mapping[str, NDArray[np.floating]]) -> ArrayRecord:
-    """Arrays as Flower carries them."""
-    # Not ascontiguousarray, which gives a scalar a dimension.
-    return ArrayRecord({name: Array(np.asarray(array, order="C")) for name, array in arrays.items()})
-
-
-def from_record(record: ArrayRecord) -> dict[str, NDArray[np.floating]]:
-    """Inverse of `to_record`.
-
-    Raises:
-        TypeError, ValueError: an array of another form, or one that claims another size than it has.
-
-    """
-    for array in record.values():
-        _require_size(array)
-    return {name: array.numpy() for name, array in record.items()}
-
-
-def _require_size(array: Array) -> None:
-    """NumPy makes room for what a header claims before it reads on."""
-    file = io.BytesIO(array.data)
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("no array of NumPy's format 1.0")
-    shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject or math.prod(shape) * dtype.itemsize != len(array.data) - file.tell():
-        raise ValueError(f"not the bytes of an array of shape {shape}")
-
-
-def layers_of(shapes: Mapping[str, Sequence[int]], origin: str) -> LoraAdapter:
-    """Empty modules, rank 0, for factors of these shapes and names; zeros for what is no factor."""
-    probe = {name: np.zeros(_probe_shape(name, shape)) for name, shape in shapes.items()}
-    parsed = parse_adapter(probe, 1.0, origin)
-    return LoraAdapter({layer: m.truncated(0) for layer, m in parsed.modules.items()}, parsed.rest)
-
-
-def _probe_shape(name: str, shape: Sequence[int]) -> tuple[int, ...]:
-    if ".lora_A." in name:
-        return 1, shape[1]
-    return (shape[0], 1) if ".lora_B." in name else tuple(shape)
-
-
-def fresh(adapter: LoraAdapter, rank: int, seed: int) -> LoraAdapter:
-    """Where training starts: delta W is zero and a ladder's change is zero; the same for the same seed."""
-    rest = {
-        name: _fresh_tensor(name, tensor.shape, np.random.default_rng([seed, number]))
-        for number, (name, tensor) in enumerate(sorted(adapter.rest.items()))
-    }
-    return LoraAdapter(adapter.modules, rest).restarted(rank, seed)
-
-
-def _fresh_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> NDArray[np.float64]:
-    """Of a ladder, as `tightbeam.edge.side.Ladder` itself begins."""
-    if not shape or name.endswith(".leave.weight"):
-        return np.zeros(shape)  # a gate in its middle; the last matrix, so that the model is the backbone
-    if len(shape) == 1:
-        return np.ones(shape)  # of a norm
-    bound = 1 / np.sqrt(shape[1])
-    return rng.uniform(-bound, bound, shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

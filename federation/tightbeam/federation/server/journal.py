@@ -24,8 +24,8 @@ from safetensors.numpy import load_file, save
 from tightbeam.common.errors import UsageError
 from tightbeam.common.files import atomic_write
 from tightbeam.edge.report.meter import JsonlLedger, read_ledger
+from tightbeam.federation.contract.budgets import Spent
 from tightbeam.federation.scenario import Scenario
-from tightbeam.federation.server.budgets import Spent
 from tightbeam.federation.server.pricing import money_of, moved_bytes, with_offers
 from tightbeam.federation.server.resuming import changes, scenario_told
 

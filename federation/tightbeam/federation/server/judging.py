@@ -12,15 +12,14 @@ from typing import Any
 from flwr.app import ConfigRecord, Message
 
 from tightbeam.common.errors import FederationError, UpdateRefusedError
+from tightbeam.federation.contract.messages import HIDDEN
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.journal import Row
 
-__all__ = ["HIDDEN", "STATUSES", "figures_told", "layers_told", "missed_of", "notes_of", "said"]
+__all__ = ["STATUSES", "figures_told", "layers_told", "missed_of", "notes_of", "said"]
 
 STATUSES = ("ok", "failed", "dropped", "left", "skipped")
 """What a client may say of itself."""
-HIDDEN = ("loss", "weight", "examples", "learned-tokens", "wall-s", "edge-s", "memory-bytes")
-"""Figures that a secure reply has under its masks only."""
 
 _COUNTED = (
     "tokens", "payload-up-bytes", "payload-down-bytes", "wire-up-bytes", "wire-down-bytes", "cloud-flops",

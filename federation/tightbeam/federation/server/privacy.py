@@ -11,12 +11,10 @@ Epsilon is what Flower's accountant says without amplification by sampling: our 
 scenario's seed, and who knows it knows who was in a round. docs/federation-math.md states the assumptions.
 """
 
-import math
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDict
-from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import (
     DifferentialPrivacyClientSideAdaptiveClipping,
@@ -25,7 +23,6 @@ from flwr.serverapp.strategy import (
     DifferentialPrivacyServerSideFixedClipping,
     FedAvg,
 )
-from flwr.supercore.differential_privacy import KEY_CLIPPING_NORM
 from flwr.supercore.privacy_accounting import (
     GaussianPrivacyEvent,
     NeighboringRelation,
@@ -35,27 +32,17 @@ from flwr.supercore.privacy_accounting import (
 from flwr.supercore.privacy_accounting.rdp_accountant import RdpAccountant
 from numpy.typing import NDArray
 
-from tightbeam.federation.math import Arrays
-from tightbeam.federation.math.privacy import clipped, noised
 from tightbeam.federation.requirements import missing
 from tightbeam.federation.scenario import PrivacySection, Scenario
 
 __all__ = [
-    "ADAPTIVE",
     "Accounting",
     "Adaptive",
     "Chosen",
     "Fixed",
     "adaptive_multiplier",
-    "clipped_reply",
-    "measurable",
     "private_strategy",
-    "private_update",
 ]
-
-ADAPTIVE = "adaptive-clipping"
-"""Key of a training message's config: the norm beside it changes from round to round."""
-
 
 Fixed = DifferentialPrivacyServerSideFixedClipping | DifferentialPrivacyClientSideFixedClipping
 Adaptive = DifferentialPrivacyServerSideAdaptiveClipping | DifferentialPrivacyClientSideAdaptiveClipping
@@ -169,44 +156,3 @@ def adaptive_multiplier(strategy: Adaptive, norm_before: float) -> float:
     update = strategy.noise_multiplier * strategy.clipping_norm / norm_before
     count = 2 * strategy.clipped_count_stddev  # Andrew et al. 2021: one client moves the count by a half
     return float((update**-2 + count**-2) ** -0.5)
-
-
-def measurable(update: ArrayRecord, start: ArrayRecord) -> ArrayRecord:
-    """The update; if nothing in it moved, moved by 1e-12: Flower divides by its length (1.41)."""
-    arrays = {name: array.numpy() for name, array in update.items()}
-    if any(not np.array_equal(array, start[name].numpy()) for name, array in arrays.items()):
-        return update
-    first = next(iter(arrays))
-    arrays[first] = arrays[first].copy()
-    arrays[first].flat[0] += max(1e-12, float(np.spacing(np.abs(arrays[first].flat[0]))))
-    return ArrayRecord({name: Array(array) for name, array in arrays.items()})
-
-
-def clipped_reply(message: Message, context: Context, reply: Message) -> Message:
-    """A training reply after Flower's own mod, where clients are to clip.
-
-    Replies without an update pass: of them the mod would make an error of its own, and hide the client's.
-    """
-    config = message.content.config_records.get("config")
-    if config is None or KEY_CLIPPING_NORM not in config or not reply.has_content():
-        return reply
-    if not (update := reply.content.array_records.get("arrays")):
-        return reply
-    sent = message.content.array_records["arrays"]
-    reply.content.array_records["arrays"] = update = measurable(update, sent)
-    message.content = RecordDict(
-        {"arrays": ArrayRecord({name: sent[name] for name in update}), "config": config}
-    )
-    mod = adaptiveclipping_mod if config.get(ADAPTIVE) else fixedclipping_mod
-    return mod(message, context, lambda message, context: reply)
-
-
-def private_update(
-    section: PrivacySection, after: Arrays, before: Arrays, quorum: int
-) -> dict[str, NDArray[np.float64]]:
-    """What a client masks: its change clipped, with its part of the noise.
-
-    There is no sum of fewer than `quorum` clients, so a sum has at least the noise that was asked for.
-    """
-    bounded = clipped(after, before, section.clipping_norm)
-    return noised(bounded, section.noise_multiplier * section.clipping_norm / math.sqrt(quorum))

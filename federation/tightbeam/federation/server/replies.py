@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, Message
 
 from tightbeam.common.errors import TightbeamError, UpdateRefusedError, error_from_code
-from tightbeam.federation.client import LADDER
+from tightbeam.federation.contract.layers import LADDER
+from tightbeam.federation.contract.records import from_record, message_bytes
 from tightbeam.federation.math import Arrays, LoraAdapter, Update, check_update
-from tightbeam.federation.runtimes.grid import message_bytes
 from tightbeam.federation.scenario import ClientProfile, Scenario
-from tightbeam.federation.server.global_adapter import from_record
 from tightbeam.federation.server.journal import Row
 from tightbeam.federation.server.judging import STATUSES, figures_told, notes_of, said
 from tightbeam.federation.server.pricing import read_offer

@@ -15,12 +15,11 @@ from flwr.serverapp import Grid
 
 from tightbeam.common.errors import FederationError, TightbeamError, UsageError
 from tightbeam.edge.side import SidePlan
-from tightbeam.federation.client import ladder_prefix
+from tightbeam.federation.contract.layers import ladder_prefix, layers_of
 from tightbeam.federation.math import LoraAdapter
 from tightbeam.federation.scenario import ClientProfile, Scenario
 from tightbeam.federation.server.claims import Claims
 from tightbeam.federation.server.exchange import exchange
-from tightbeam.federation.server.global_adapter import layers_of
 from tightbeam.federation.server.judging import layers_told, notes_of, said
 from tightbeam.federation.server.replies import Node, failure_of
 

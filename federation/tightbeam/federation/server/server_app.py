@@ -14,11 +14,12 @@ from flwr.serverapp import Grid, ServerApp
 
 from tightbeam.common.errors import FederationError
 from tightbeam.edge.side import SidePlan
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.contract.records import from_record, to_record
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.math import LoraAdapter
 from tightbeam.federation.server.exchange import exchange
 from tightbeam.federation.server.exported import evaluate_exported
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter
 from tightbeam.federation.server.journal import Journal, State
 from tightbeam.federation.server.roster import Roster
 from tightbeam.federation.server.saving import save_global_adapter
@@ -34,23 +35,23 @@ _STATE, _MEMORY = "global/", "memory/"
 def main(grid: Grid, context: Context) -> None:
     """Run the scenario in the run config."""
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    settings = Settings.of(context.run_config)
+    run = RunConfig.of(context.run_config)
     # The in-process grid brings a listener for its live table; on the other runtimes nobody listens.
     listener: Callable[[dict[str, Any]], None] = getattr(grid, "listener", lambda row: None)
-    journal = Journal(settings.folder, settings.scenario, listener)
-    state = journal.begin(resume=settings.resume)
-    roster = Roster(grid, settings.scenario)
+    journal = Journal(run.folder, run.scenario, listener)
+    state = journal.begin(resume=run.resume)
+    roster = Roster(grid, run.scenario)
     nodes = roster.gather()
     if not any(row["row"] == "experiment" for row in journal.rows):
-        told = {"scenario": settings.scenario.numbers(), "backbone": roster.facts, "shaped": settings.shape}
+        told = {"scenario": run.scenario.numbers(), "backbone": roster.facts, "shaped": run.shape}
         journal.append("experiment", **told)
     for name, reason in roster.lost().items():
         journal.append("joined", round=state.round if state else 0, client=name, reason=reason)
     _note_sides(journal, roster)
-    strategy = FederatedLora(settings.scenario, nodes, journal, roster.facts["fingerprint"])
+    strategy = FederatedLora(run.scenario, nodes, journal, roster.facts["fingerprint"])
     final = run_rounds(strategy, grid, state, roster)
     if final.learned.modules:
-        place, scale = settings.folder / "adapter", settings.scenario.adapter.scale
+        place, scale = run.folder / "adapter", run.scenario.adapter.scale
         sides = {row["name"]: SidePlan.of(row["facts"]) for row in journal.rows if row["row"] == "side"}
         save_global_adapter(place, final, scale, roster.facts["model"], sides)
         evaluate_exported(strategy, grid, final)

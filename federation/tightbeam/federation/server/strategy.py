@@ -13,16 +13,17 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from tightbeam.common.errors import CloudUnavailableError, CohortError, UpdateRefusedError
+from tightbeam.federation.contract.records import from_record, to_record
+from tightbeam.federation.contract.terms import Purpose
 from tightbeam.federation.math import Arrays, LoraAdapter
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.combining import Accepted, Combined, Memory, combiner_for, trained_part
-from tightbeam.federation.server.global_adapter import GlobalAdapter, from_record, restricted, to_record
+from tightbeam.federation.server.global_adapter import GlobalAdapter, restricted
 from tightbeam.federation.server.journal import CUT_OFF, Journal, Row
 from tightbeam.federation.server.judging import missed_of
 from tightbeam.federation.server.privacy import Accounting
 from tightbeam.federation.server.replies import Node, account_of, cost_of, masked_of, spread, update_of
 from tightbeam.federation.server.secure import SecureRounds, SecureSum
-from tightbeam.federation.server.terms import Purpose
 
 __all__ = ["FederatedLora"]
 

@@ -11,14 +11,14 @@ from tightbeam.edge.recipe import Codecs
 from tightbeam.edge.report.modes import TokenBytes
 from tightbeam.federation.scenario import ClientSection
 
-__all__ = ["Plan", "Spent", "choose_codec", "codec_text"]
+__all__ = ["PlannedWork", "Spent", "choose_codec", "codec_text"]
 
 _FRAMING = 1.02  # wire over payload bytes: an estimate from above, for messages of usual size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """What the next round will take with one codec, known before it begins."""
+class PlannedWork:
+    """What a round or an evaluation will take with one codec, known before it begins."""
 
     tokens: int  # that cross: a cache keeps some of them here
     hidden_size: int
@@ -49,7 +49,7 @@ class Spent:
     joules: float
     money: float
 
-    def after(self, plan: Plan, codecs: Codecs, prices: Prices) -> "Spent":
+    def after(self, plan: PlannedWork, codecs: Codecs, prices: Prices) -> "Spent":
         """What it will have spent when the plan is done, too, by the prices of its cloud."""
         moved = plan.wire_bytes(codecs)
         bill = prices.bill(wire_bytes=round(moved), cloud_flops=plan.cloud_flops, edge_joules=plan.joules)
@@ -62,7 +62,10 @@ class Spent:
 
 
 def choose_codec(
-    options: ClientSection, plan_for: Callable[[Codecs], Plan], spent: Spent, tariff: Tariff | None = None
+    options: ClientSection,
+    plan_for: Callable[[Codecs], PlannedWork],
+    spent: Spent,
+    tariff: Tariff | None = None,
 ) -> tuple[Codecs | None, str]:
     """The first codec that the budget allows, and why the one before it was refused; none if none does.
 

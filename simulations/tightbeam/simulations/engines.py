@@ -1,8 +1,7 @@
-"""The same apps on Flower's own engines: Ray in processes of this machine, or a SuperLink with SuperNodes.
+"""A simulation on Flower's own engines on this machine: Ray, or a SuperLink with a SuperNode per client.
 
-All are driven through the `flwr` command, as users drive them. A deployment runs over TLS, and its SuperLink
-admits only nodes whose keys were registered. `run_deployed` starts all of it on this machine;
-`run_on_superlink` uses a SuperLink that is there, with nodes anywhere.
+Both are driven through the `flwr` command, as users drive them. The SuperLink speaks TLS and admits only
+nodes whose keys were registered, as in a deployment.
 """
 
 import contextlib
@@ -17,18 +16,20 @@ from pathlib import Path
 from tightbeam.common.errors import FederationError
 from tightbeam.common.identity.authority import init_certificates
 from tightbeam.common.identity.node_keys import init_node_keys
-from tightbeam.federation.client.settings import Settings
+from tightbeam.federation.contract.run_config import RunConfig
 from tightbeam.federation.requirements import require_ray
 from tightbeam.federation.runtimes.flower import Flower, flower_environment, flower_home, tool
 from tightbeam.federation.runtimes.processes import Children
 
-__all__ = ["run_deployed", "run_on_ray", "run_on_superlink"]
+__all__ = ["run_deployed", "run_on_ray"]
+
+_CLIENT_APP = "tightbeam.simulations.client_app"
 
 _SUPERLINK_S = 120.0
 _RAY_PORT = "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"
 
 
-def run_on_ray(settings: Settings, *, num_cpus: int = 1) -> None:
+def run_on_ray(run: RunConfig, *, num_cpus: int = 1) -> None:
     """Run on Flower's simulation engine; each client gets `num_cpus` CPUs.
 
     Raises:
@@ -37,12 +38,12 @@ def run_on_ray(settings: Settings, *, num_cpus: int = 1) -> None:
 
     """
     require_ray()
-    flower = Flower.prepare(flower_home(settings.folder), "local", ":local:")
-    options = f"num-supernodes={settings.scenario.clients} client-resources-num-cpus={num_cpus}"
+    flower = Flower.prepare(flower_home(run.folder), "local", ":local:", client_app=_CLIENT_APP)
+    options = f"num-supernodes={run.scenario.clients} client-resources-num-cpus={num_cpus}"
     port, before = str(_free_port()), os.environ.get(_RAY_PORT)
     os.environ[_RAY_PORT] = port
     try:
-        flower.run(_absolute(settings), "--federation-config", options)
+        flower.run(_absolute(run), "--federation-config", options)
     finally:
         _stop_local_superlink(port)
         if before is None:
@@ -51,19 +52,19 @@ def run_on_ray(settings: Settings, *, num_cpus: int = 1) -> None:
             os.environ[_RAY_PORT] = before
 
 
-def run_deployed(settings: Settings) -> None:
+def run_deployed(run: RunConfig) -> None:
     """Run on a SuperLink and one SuperNode per client, all started here, over TLS and with node keys.
 
     Raises:
         TightbeamError: one of these processes ended, or see `Flower.run`.
 
     """
-    home, address = flower_home(settings.folder).absolute(), f"127.0.0.1:{_free_port()}"
+    home, address = flower_home(run.folder).absolute(), f"127.0.0.1:{_free_port()}"
     init_certificates(home / "certs", clients=())
     server = home / "certs" / "cloud"
-    flower = Flower.prepare(home, "superlink", address, server / "ca.crt")
-    names = [profile.name for profile in settings.scenario.profiles()]
-    with Children(settings.folder / "logs") as children, _keys(home / "keys", names) as keys:
+    flower = Flower.prepare(home, "superlink", address, server / "ca.crt", client_app=_CLIENT_APP)
+    names = [profile.name for profile in run.scenario.profiles()]
+    with Children(run.folder / "logs") as children, _keys(home / "keys", names) as keys:
         _start_superlink(children, home, server, address)
         flower.register(keys / "roster")
         for number, name in enumerate(names):
@@ -74,26 +75,12 @@ def run_deployed(settings: Settings) -> None:
             command += ["--auth-supernode-private-key", str(key)]
             command += ["--host", "127.0.0.1", "--port", str(_free_port())]
             children.start(f"supernode-{number}", command, flower_environment(home))
-        flower.run(_absolute(settings), watch=children.require_alive)
+        flower.run(_absolute(run), watch=children.require_alive)
 
 
-def run_on_superlink(settings: Settings, address: str, ca: Path) -> None:
-    """Run on a SuperLink that is there and whose nodes are registered; `ca` signed its TLS certificate.
-
-    The experiment's folder is one of the SuperLink's machine, where its ServerApp runs; a relative one is in
-    the SuperLink's working folder.
-
-    Raises:
-        TightbeamError: see `Flower.run`.
-
-    """
-    settings = replace(settings, simulated=False)  # whoever is there has texts of its own, or says so
-    Flower.prepare(flower_home(settings.folder), "superlink", address, ca).run(settings)
-
-
-def _absolute(settings: Settings) -> Settings:
-    identities = None if settings.identities is None else settings.identities.absolute()
-    return replace(settings, identities=identities, folder=settings.folder.absolute())
+def _absolute(run: RunConfig) -> RunConfig:
+    identities = None if run.identities is None else run.identities.absolute()
+    return replace(run, identities=identities, folder=run.folder.absolute())
 
 
 @contextlib.contextmanager

@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import Any, Self
 
 from tightbeam.common.errors import RecipeError
-from tightbeam.federation.client.node_config import NodeSection, node_section
 from tightbeam.federation.scenario import ClientProfile, Scenario, load_scenario, scenario_from_mapping
 
-__all__ = ["Settings"]
+__all__ = ["RunConfig"]
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class RunConfig:
     """The run config, checked."""
 
     scenario: Scenario
@@ -83,11 +82,6 @@ class Settings:
                 cure='Start as many nodes as clients, each with --node-config "partition-id=N".',
             )
         return profiles[number]
-
-    def node(self, node_config: Mapping[str, Any]) -> NodeSection:
-        """What a node was started with; raises as `node_section`."""
-        needed = self.identities is None and not self.scenario.cloud.insecure
-        return node_section(node_config, simulated=self.simulated, needs_identity=needed)
 
 
 @lru_cache(maxsize=4)

@@ -16,15 +16,16 @@ from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from tightbeam.common.errors import ProtocolError
+from tightbeam.federation.contract.records import from_record
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.secagg import FixedPoint, Plan
 from tightbeam.federation.secagg.framing import digest
-from tightbeam.federation.server.global_adapter import from_record
 
-__all__ = ["CLIP", "Arrays", "Purpose", "plan_of", "require_agreed"]
+__all__ = ["CLIP", "Arrays", "Purpose", "plan_of", "require_agreed", "with_loss", "without_loss"]
 
 CLIP = 8.0
 """Adapters' values are far below; one beyond it is refused, not clipped."""
+_LOSS, _LARGEST_LOSS = "loss", 64.0  # nats; a loss beyond it counts as it
 _MAX_WEIGHT = 2**20  # examples or tokens of one client
 _OWN = (
     "first",
@@ -92,6 +93,19 @@ def require_agreed(
         if getattr(asked, field.name) != getattr(plan, field.name):
             what = _WORDS.get(field.name, field.name)
             raise ProtocolError(f"{name} got another {what} than its plan names.", cure=_STOP)
+
+
+def with_loss(arrays: Arrays, loss: float) -> dict[str, NDArray[Any]]:
+    """The loss as one more value, in a unit that fits the encoding."""
+    return {**arrays, _LOSS: np.array([min(loss, _LARGEST_LOSS) * CLIP / _LARGEST_LOSS])}
+
+
+def without_loss(
+    mean: Mapping[str, NDArray[np.float64]],
+) -> tuple[dict[str, NDArray[np.float64]], float]:
+    """Inverse of `with_loss`: the arrays and the loss, nats."""
+    arrays = dict(mean)
+    return arrays, float(arrays.pop(_LOSS)[0]) * _LARGEST_LOSS / CLIP
 
 
 def _model_sha256(purpose: Purpose, arrays: Arrays) -> bytes:
