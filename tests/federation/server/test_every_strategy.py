@@ -52,6 +52,14 @@ def _taken(name: str, option: str) -> bool:
 
 ALL = list(itertools.product((*OURS, *FLOWER_STRATEGIES), OPTIONS))
 TAKEN = [pair for pair in ALL if _taken(*pair)]
+# Each strategy, each option with one of ours and one of Flower's, and what a strategy does in its own way.
+QUICK = {
+    (name, option)
+    for name, option in TAKEN
+    if option in ("plain", "mixed-ranks")
+    or name in ("fedit", "fedavgm")
+    or (name, option) in (("flora", "top-only"), ("ffa", "frozen"))
+}
 
 
 def test_no_strategy_and_no_option_is_refused_altogether() -> None:
@@ -60,19 +68,25 @@ def test_no_strategy_and_no_option_is_refused_altogether() -> None:
 
 
 @pytest.mark.parametrize(
-    "runtime",
+    ("runtime", "name", "option"),
     [
-        "in-process",
-        pytest.param(
-            "ray",
-            marks=[
-                pytest.mark.slow,
-                pytest.mark.skipif(not HAS_RAY, reason="the extra ray is not installed"),
-            ],
+        *(
+            pytest.param("in-process", *pair, marks=[] if pair in QUICK else [pytest.mark.slow])
+            for pair in TAKEN
+        ),
+        *(
+            pytest.param(
+                "ray",
+                *pair,
+                marks=[
+                    pytest.mark.slow,
+                    pytest.mark.skipif(not HAS_RAY, reason="the extra ray is not installed"),
+                ],
+            )
+            for pair in TAKEN
         ),
     ],
 )
-@pytest.mark.parametrize(("name", "option"), TAKEN)
 def test_a_round_goes_through(
     request: pytest.FixtureRequest, playground: Playground, runtime: str, name: str, option: str
 ) -> None:
@@ -83,7 +97,7 @@ def test_a_round_goes_through(
         signed: Signed = request.getfixturevalue("signed")
         playground, scenario = signed.playground, signed.scenario(**{"clients": 3, **changes})
     else:
-        scenario = playground.scenario(**changes)
+        scenario = playground.scenario(eval_sample=1, **changes)
     if runtime == "ray":
         run_on_ray(RunConfig(scenario, playground.address, scenario.cloud.identities, scenario.folder))
     else:

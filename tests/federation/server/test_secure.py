@@ -20,7 +20,7 @@ from tightbeam.simulations.experiment import run_apps
 SCALE = 2.0  # the state's B holds it
 
 
-@pytest.mark.parametrize("name", ["fedit", "ffa", "fedavgm", "fedadam"])
+@pytest.mark.parametrize("name", ["fedit", "ffa", "fedavgm", pytest.param("fedadam", marks=pytest.mark.slow)])
 def test_the_sum_through_the_masks_is_the_mean_in_the_open(signed: Signed, name: str) -> None:
     """The adapter, the losses of training and evaluation, and what the server's optimizer made of them."""
     train = {"lr": 2e-2, "steps": 3}
