@@ -28,7 +28,7 @@ ATTACKS = {
 def _text(tmp_path: Path, template: str) -> str:
     tokenizer = byte_tokenizer(template)
     (example,) = load_examples(write_jsonl(tmp_path / "one.jsonl", [CHAT]), tokenizer)
-    return str(tokenizer.decode(example.input_ids))
+    return str(tokenizer.decode(list(example.input_ids)))
 
 
 @pytest.mark.parametrize("template", ATTACKS.values(), ids=ATTACKS)
