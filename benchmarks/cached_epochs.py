@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 from tightbeam.common.files import cache_folder
 from tightbeam.edge.data import Example, load_examples
 from tightbeam.edge.model.packed_rows import PackedRows
+from tightbeam.edge.modes.registry import MODES as SPECS
 from tightbeam.edge.report.meter import read_ledger
 from tightbeam.edge.training.run import run_recipe
 from tightbeam.simulations.demo_inputs import prepare_model
@@ -66,14 +67,15 @@ def main() -> None:
             for turn in range(arguments.rounds):
                 for cut in arguments.cuts.split(","):
                     for mode, changes in MODES.items():
-                        epochs = 1 if mode == "ushape" else 3
+                        once = SPECS[changes["mode"]].crosses == "once"
+                        epochs = 3 if once else 1
                         recipe = insecure_recipe(
                             model, address, data, f"{mode}-{cut.replace(':', '-')}-{turn}",
                             cut=cut, train={"epochs": epochs}, **changes,
                         )  # fmt: skip
                         result = run_recipe(recipe, console=Console(file=(folder / "log").open("a")))
                         rows = read_ledger(result.folder.ledger)
-                        first = 0 if mode == "ushape" else -(-arguments.examples // BATCH)
+                        first = -(-arguments.examples // BATCH) if once else 0
                         found = _speeds(rows, first)
                         speeds[cut, mode] += found
                         moved[cut, mode] = _moved(rows, first)

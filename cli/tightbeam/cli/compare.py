@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from tightbeam.cli.options import RecipePath, Settings
+from tightbeam.edge.modes.registry import MODES
 
 __all__ = ["compare"]
 
@@ -12,7 +13,7 @@ __all__ = ["compare"]
 def compare(
     recipe: RecipePath,
     modes: Annotated[
-        str, typer.Option(metavar="MODE,...", help="Of local, ushape, freeze, top and side.")
+        str, typer.Option(metavar="MODE,...", help=f"Of {', '.join(MODES)}.")
     ] = "ushape,freeze,top",
     settings: Settings = None,
 ) -> None:

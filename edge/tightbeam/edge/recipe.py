@@ -20,10 +20,12 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from tightbeam.common.addresses import check_address
 from tightbeam.common.settings.sections import Section, checked_section
 from tightbeam.common.settings.yaml_text import read_mapping
+from tightbeam.edge.modes.registry import MODES, recipe_modes, spec_of
 
 __all__ = [
     "AdapterSection",
@@ -33,6 +35,7 @@ __all__ = [
     "Codecs",
     "CutText",
     "DataSection",
+    "ModeName",
     "ModelSection",
     "OutputSection",
     "Recipe",
@@ -52,6 +55,15 @@ def _some_blocks_here(cut: str) -> str:
     return cut
 
 
+def _known_mode(mode: str) -> str:
+    known = [repr(name) for name in recipe_modes()]
+    if repr(mode) not in known:
+        expected = f"{', '.join(known[:-1])} or {known[-1]}"
+        raise PydanticCustomError("literal_error", "should be {expected}", {"expected": expected})
+    return mode
+
+
+ModeName = Annotated[str, AfterValidator(_known_mode)]
 CutText = Annotated[str, Field(pattern=r"^\d+:\d+$"), AfterValidator(_some_blocks_here)]
 
 
@@ -267,9 +279,7 @@ class Recipe(Section):
 
     model: ModelSection
     cut: CutText = Field(description="k:m, the first k and the last m blocks stay at the edge.")
-    mode: Literal["ushape", "top", "side"] = Field(
-        default="ushape", description="How training uses the trunk: see docs/modes.md."
-    )
+    mode: ModeName = Field(default="ushape", description="How training uses the trunk: see docs/modes.md.")
     codec: Codecs = Field(default_factory=Codecs, description="How tensors become bytes.")
     adapter: AdapterSection = Field(default_factory=AdapterSection, description="What is trained.")
     data: DataSection
@@ -280,12 +290,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _freezable(self) -> Self:
-        frozen_bottom = self.mode == "top" or self.train.freeze_bottom_after is not None
+        if self.train.freeze_bottom_after is not None and not MODES[self.mode].freezes_as:
+            names = " and ".join(spec.name for spec in MODES.values() if spec.freezes_as)
+            raise ValueError(f"train.freeze_bottom_after is for mode {names}, not {self.mode}")
+        frozen_bottom = spec_of(self).frozen_bottom
         if frozen_bottom and self.cut.endswith(":0"):
             raise ValueError(f"a frozen bottom leaves the top blocks to train, and cut {self.cut} has none")
-        if self.mode != "ushape" and self.train.freeze_bottom_after is not None:
-            raise ValueError(f"train.freeze_bottom_after is for mode ushape, not {self.mode}")
-        if self.train.noise and self.mode != "top" and self.train.freeze_bottom_after is None:
+        if self.train.noise and not frozen_bottom:
             raise ValueError("train.noise is for mode top, and for ushape with train.freeze_bottom_after")
         return self
 

@@ -168,8 +168,8 @@ def _cloud(scenario: Scenario, folder: Path, console: Console) -> Iterator[tuple
 
 def _projection(scenario: Scenario, folder: Path) -> list[str]:
     """Options of a cloud whose taps someone asks for."""
-    options = [profile.options for profile in scenario.profiles()]
-    if not any(one.mode == "side" and one.side.taps for one in options):
+    sides = [profile.options.own_side for profile in scenario.profiles()]
+    if not any(side.taps for side in sides if side):
         return []
     text = scenario.cloud.projection_text
     if text is None:

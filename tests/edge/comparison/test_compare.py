@@ -13,7 +13,7 @@ from support.commands import Cloud
 from support.edge_runs import quiet, tiny_llama, tiny_recipe
 from tightbeam.cli.compare import compare as command
 from tightbeam.common.errors import FingerprintError, RecipeError, UsageError
-from tightbeam.edge.comparison.compare import MODES, compare, comparison_folder, recipe_of
+from tightbeam.edge.comparison.compare import compare, comparison_folder, recipe_of
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.report.comparison import (
     ModeResult,
@@ -50,6 +50,9 @@ def cloud(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clo
 def _own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TIGHTBEAM_CACHE", str(tmp_path / "weights"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+MODES = ("local", "ushape", "freeze", "top", "side")
 
 
 def _recipe(folder: Path, address: str = "127.0.0.1:1", local: Path | None = None) -> Recipe:
@@ -118,7 +121,7 @@ def test_local_needs_the_whole_model(tmp_path: Path) -> None:
         (["usahpe"], "Did you mean ushape"),
         (["top", "top"], "once"),
         ([], "once"),
-        (["fast"], "Known are local"),
+        (["fast"], "Known are ushape, freeze, top, side, local"),
     ],
 )
 def test_modes_are_checked_first(tmp_path: Path, modes: list[str], message: str) -> None:

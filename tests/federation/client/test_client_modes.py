@@ -1,6 +1,7 @@
 """A mode per client: a text crosses once in the whole experiment, and modes meet in one adapter."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from support.federations import NUM_BLOCKS, Playground, spoiled
 from tightbeam.common.errors import FederationError
 from tightbeam.edge import connect
 from tightbeam.edge.data import collate, load_examples
+from tightbeam.edge.modes import MODES
 from tightbeam.edge.side import Ladder
 from tightbeam.federation.contract.layers import LADDER, fresh, layers_of
 from tightbeam.federation.contract.records import from_record
@@ -96,6 +98,19 @@ def test_every_text_crosses_once_and_no_bit_changes(playground: Playground, free
         one["training"]["activation_up_bytes"] + one["training"]["activation_down_bytes"]
         for one in report["rounds"]
     ] == once
+
+
+def test_a_client_trains_in_a_mode_that_was_added(
+    playground: Playground, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under another name, mode top gives the same bits and crosses as often."""
+    monkeypatch.setitem(MODES, "added", replace(MODES["top"], name="added"))
+    scenarios = [playground.scenario(client={"mode": mode, "cut": "2:2"}) for mode in ("top", "added")]
+    for scenario in scenarios:
+        playground.run(scenario)
+    top, added = scenarios
+    assert _same(playground.state(top), playground.state(added))
+    assert _crossed(playground, top, "client_round") == _crossed(playground, added, "client_round")
 
 
 def test_a_client_that_missed_rounds_fetches_what_it_lacks(playground: Playground) -> None:

@@ -17,12 +17,12 @@ from typing import Any
 
 from tightbeam.common.errors import RecipeError, TightbeamError, UsageError, error_from_code
 from tightbeam.common.settings.messages import did_you_mean
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.report.comparison import ModeResult, read_result, write_comparison
 
-__all__ = ["MODES", "compare", "comparison_folder", "recipe_of"]
+__all__ = ["compare", "comparison_folder", "recipe_of"]
 
-MODES = ("local", "ushape", "freeze", "top", "side")
 _FREEZE_AFTER = 0.5  # epochs, when the recipe does not say
 
 
@@ -56,20 +56,20 @@ def compare(recipe: Recipe, modes: Sequence[str]) -> tuple[list[ModeResult], Pat
 def recipe_of(recipe: Recipe, mode: str) -> Recipe:
     """What `recipe` becomes in one mode; raises `RecipeError` for `local` without a checkpoint."""
     plain: dict[str, Any] = recipe.model_dump()
-    freeze = recipe.train.freeze_bottom_after or _FREEZE_AFTER
-    plain["mode"] = mode if mode in ("top", "side") else "ushape"
-    plain["train"]["freeze_bottom_after"] = freeze if mode == "freeze" else None
-    if mode not in ("freeze", "top"):
+    spec, freeze = MODES[mode], recipe.train.freeze_bottom_after or _FREEZE_AFTER
+    plain["mode"] = spec.variant_of or spec.name
+    plain["train"]["freeze_bottom_after"] = freeze if spec.crosses == "until frozen" else None
+    if not spec.frozen_bottom:
         plain["train"]["noise"] = 0.0
     plain["cache"] |= {"dir": None, "enabled": True}
     plain["output"] |= {"dir": comparison_folder(recipe), "name": mode}
-    if mode == "local":
+    if spec.whole_model:
         path = recipe.model.local_path
         if path is None or not path.is_dir():
             raise RecipeError(
-                f"Mode local needs the whole model here, and model.local_path is {path or 'not set'}.",
+                f"Mode {mode} needs the whole model here, and model.local_path is {path or 'not set'}.",
                 cure="Set model.local_path to a checkpoint with the cloud's fingerprint, such as "
-                "--set model.local_path=FOLDER, or leave local out of --modes.",
+                f"--set model.local_path=FOLDER, or leave {mode} out of --modes.",
             )
         plain["train"]["max_mb"] = None
         plain["output"]["report"] = False  # that page is about what crossed

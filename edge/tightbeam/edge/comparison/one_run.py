@@ -18,6 +18,7 @@ from tightbeam.common.errors import TightbeamError, UsageError
 from tightbeam.edge.link.connection import Cloud, connect
 from tightbeam.edge.model.adapters import resolve_targets
 from tightbeam.edge.model.weights import local_source
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.recipe import Recipe, recipe_from_mapping
 from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
 from tightbeam.edge.training.progress import say
@@ -33,7 +34,9 @@ def main(mode: str) -> int:
     say(console, f"mode {mode}")
     try:
         result = (
-            train_whole_model(recipe, console) if mode == "local" else run_recipe(recipe, console=console)
+            train_whole_model(recipe, console)
+            if MODES[mode].whole_model
+            else run_recipe(recipe, console=console)
         )
         if result.exit_code:
             raise UsageError("it was interrupted.", cure="Compare again under another output.name.")

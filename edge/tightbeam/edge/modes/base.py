@@ -16,8 +16,9 @@ from torch import Tensor
 from tightbeam.common.accounts.flops import EdgeFlops
 from tightbeam.edge.data import Example
 from tightbeam.edge.modes.budget import Budget
-from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.recipe import Recipe, SideSection
 from tightbeam.edge.training.plan import Plan
+from tightbeam.proto.backbone_pb2 import Card
 
 __all__ = ["Job", "Mode"]
 
@@ -45,7 +46,11 @@ class Job:
 class Mode:
     """`ushape`: bottom and top are trained through the trunk, which takes part in every step."""
 
-    def __init__(self, job: Job) -> None:
+    @staticmethod
+    def extend(model: PeftModel, card: Card, side: SideSection) -> None:
+        """Give an adapted model what else this mode trains, as the cloud's card allows."""
+
+    def __init__(self, job: Job, start_step: int = 0) -> None:
         self.job = job
         self.budget = Budget.of(job.recipe, job.model)
         self._flops = EdgeFlops.from_model(job.model)

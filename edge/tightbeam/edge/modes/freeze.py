@@ -33,8 +33,8 @@ def freeze_step(value: float | str, steps_per_epoch: int) -> int | None:
 class Freeze(Mode):
     """Trains bottom and top through the cloud, then the top alone."""
 
-    def __init__(self, job: Job) -> None:
-        super().__init__(job)
+    def __init__(self, job: Job, start_step: int = 0) -> None:
+        super().__init__(job, start_step)
         after = job.recipe.train.freeze_bottom_after
         assert after is not None
         self._at = freeze_step(after, job.plan.steps_per_epoch)

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -20,7 +21,9 @@ from tightbeam.edge.cache.filler import Sample
 from tightbeam.edge.cache.shortcut import TrunkShortcut, passed_through
 from tightbeam.edge.modes.frozen import FrozenPhase
 from tightbeam.edge.modes.top import Top
-from tightbeam.edge.side import SidePath, side_of
+from tightbeam.edge.recipe import SideSection
+from tightbeam.edge.side import SidePath, add_side, side_of
+from tightbeam.proto.backbone_pb2 import Card
 
 __all__ = ["Side"]
 
@@ -89,6 +92,11 @@ class Side(Top):
     """The loop of mode `top` over a model with a side path."""
 
     phase_type = _SidePhase
+
+    @staticmethod
+    def extend(model: PeftModel, card: Card, side: SideSection) -> None:
+        """Add the ladder and the bottom's way around the trunk; raises what `add_side` raises."""
+        add_side(model, card, taps=side.taps, width=side.width, heads=side.heads)
 
 
 def _backbone_weights(block: nn.Module) -> int:

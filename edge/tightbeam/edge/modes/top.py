@@ -23,7 +23,7 @@ class Top(Mode):
     bottom_is_bare = True  # no adapter lies below the cut
 
     def __init__(self, job: Job, start_step: int = 0) -> None:
-        super().__init__(job)
+        super().__init__(job, start_step)
         self._phase = self.phase_type(job, start_step)
         if self._phase.bottom_sha256 and self.bottom_is_bare:
             self._phase.close()

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tightbeam.common.accounts.rows import StepBytes
 from tightbeam.common.files import atomic_write
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.report.billing import whose
 from tightbeam.edge.report.pages import render
 from tightbeam.edge.report.schema import Edge
@@ -77,7 +78,7 @@ def read_result(mode: str, folder: Path) -> ModeResult:
         cloud_flops=sum(edge.cloud_flops.values()),
         seconds=edge.seconds.wall + edge.seconds.evaluation,
         peak_memory_bytes=edge.peak_memory_bytes,
-        held_bytes=edge.model_bytes if mode == "local" else edge.weight_bytes,
+        held_bytes=edge.model_bytes if MODES[mode].whole_model else edge.weight_bytes,
         cloud_bill=costs.total.training.money + costs.total.evaluation.money,
         electricity=costs.total.bill.edge_electricity,
         currency=costs.prices.currency,

@@ -10,23 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from tightbeam.common.accounts.prices import Prices
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.report.schema import Edge, ModeCost, Prediction
 
-__all__ = ["NUM_TAPS", "TAP_SHARE", "TokenBytes", "mode_costs", "predict", "ran"]
+__all__ = ["TokenBytes", "Workload", "mode_costs", "predict", "ran"]
 
-_ONCE = "each example crosses once, then a local cache serves it"
-_RULES = {
-    "ushape": "4d per token of every training step, 2d of every evaluation",
-    "freeze": f"4d per token of every training step until the freeze, then 2d: {_ONCE}",
-    "top": f"2d per token; {_ONCE}",
-    "top, uncached": "2d per token of every training step and evaluation",
-    "side": f"2d and the taps per token; {_ONCE}",
-    "side, uncached": "2d and the taps per token of every training step and evaluation",
-}
-NUM_TAPS = 8
 _TENSORS = ("activations_up", "activations_down", "gradients_up", "gradients_down")
-TAP_SHARE = 1 / 16
-"""Width of a side-tuning tap as a share of the hidden size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +77,7 @@ def predict(
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
+class Workload:
     """What every mode is asked to do: the tokens and operations of one edge."""
 
     row: TokenBytes
@@ -116,10 +105,20 @@ class _Job:
         """Of them, those whose rows cross."""
         return self.tokens_once * self.share_crossing
 
+    def taps(self, num: int, share: float) -> float:
+        """Payload bytes of so many taps of one token, each this share of the hidden size."""
+        return self.row.activations_down * num * share
+
     @property
     def flops_once(self) -> float:
         """Cloud operations of one forward over all of them."""
         return self.forward_flops / self.passes + self.evaluation_flops / self.num_evals
+
+    def flops(self, crosses: str) -> float:
+        """Cloud operations where texts cross so."""
+        if crosses == "never":
+            return 0.0
+        return self.flops_once if crosses == "once" else 2 * self.forward_flops + self.evaluation_flops
 
 
 def mode_costs(edges: list[Edge], passes: Mapping[str, float], prices: Prices) -> list[ModeCost]:
@@ -148,7 +147,7 @@ def _group_costs(how: str, edges: list[Edge], passes: Mapping[str, float], price
     kept, whole = _sum(edge.weight_bytes for edge in edges), _sum(edge.model_bytes for edge in edges)
 
     def cost(mode: str, payload: float, flops: float, rule: str, *, is_measured: bool = False) -> ModeCost:
-        wire = round(payload * wire_ratio)
+        wire, spec = round(payload * wire_ratio), MODES[mode]
         return ModeCost(
             edges=names,
             mode=mode,
@@ -156,28 +155,19 @@ def _group_costs(how: str, edges: list[Edge], passes: Mapping[str, float], price
             payload_bytes=round(payload),
             cloud_flops=round(flops),
             cloud_bill=prices.bill(wire_bytes=wire, cloud_flops=round(flops), edge_joules=0).total,
-            download_bytes=whole if mode == "local" else kept,
+            download_bytes=whole if spec.whole_model else kept,
             rule=rule,
+            cloud_sees=spec.cloud_sees,
         )
 
-    ushape = sum(job.every_step for job in jobs)
-    ushape_flops = sum(2 * job.forward_flops + job.evaluation_flops for job in jobs)
-    top = sum(job.rows_once * job.row.forward for job in jobs)
-    taps = sum(job.rows_once * job.row.activations_down * NUM_TAPS * TAP_SHARE for job in jobs)
-    flops_once = sum(job.flops_once for job in jobs)
-    others = [
-        cost("ushape", ushape, ushape_flops, f"{_RULES['ushape']}; a backward taken as one forward's work"),
-        cost("top", top, flops_once, _RULES["top"]),
-        cost("side", top + taps, flops_once, f"2d and {NUM_TAPS} taps of d/16 per token; {_ONCE}"),
-        cost(
-            "local", 0, 0, "no step crosses; the edge holds and computes every block, by its own electricity"
-        ),
-    ]
-    mode = how.partition(",")[0]
-    return [
-        cost(mode, measured, measured_flops, _RULES[how], is_measured=True),
-        *(other for other in others if other.mode != mode),
-    ]
+    mode, _, uncached = how.partition(",")
+    found = [cost(mode, measured, measured_flops, MODES[mode].rule(cached=not uncached), is_measured=True)]
+    for other in MODES.values():
+        if other.name != mode and other.payload is not None:
+            payload = sum(map(other.payload, jobs))
+            flops = sum(job.flops(other.crosses) for job in jobs)
+            found.append(cost(other.name, payload, flops, other.computed_rule()))
+    return found
 
 
 def _sum(sizes: Iterable[int | None]) -> int | None:
@@ -187,26 +177,30 @@ def _sum(sizes: Iterable[int | None]) -> int | None:
 
 def ran(edge: Edge) -> str:
     """How an edge ran: its mode, "freeze" for a `ushape` that froze, and whether nothing was cached."""
-    if edge.mode in ("top", "side"):
-        return edge.mode if edge.fill_tokens or not edge.training_tokens else f"{edge.mode}, uncached"
-    return "freeze" if edge.fill_tokens else "ushape"
+    spec = MODES.get(edge.mode)
+    if spec is None:
+        return edge.mode
+    if spec.crosses == "once":
+        return spec.name if edge.fill_tokens or not edge.training_tokens else f"{spec.name}, uncached"
+    return spec.freezes_as if spec.freezes_as and edge.fill_tokens else spec.name
 
 
-def _job(edge: Edge, passes: float) -> _Job:
+def _job(edge: Edge, passes: float) -> Workload:
     assert edge.hidden_size is not None
     training_tokens, evaluation_tokens = edge.training_tokens, edge.evaluation_tokens
-    shareable = edge.fill_tokens  # `ushape` itself shares nothing, only what follows its freeze
-    if edge.mode != "ushape":
+    shareable = edge.fill_tokens  # steps with a gradient share nothing
+    if MODES[edge.mode].crosses == "once":
         shareable += training_tokens + evaluation_tokens
     forward_flops = edge.cloud_flops.get("forward", 0)
     evaluation_flops = edge.cloud_flops.get("evaluation", 0)
-    if ran(edge) in ("freeze", "top", "side"):
+    how = MODES.get(ran(edge))  # None where nothing was cached
+    if how is not None and how.crosses in ("until frozen", "once"):
         # most tokens did not cross: ask the training loop how many there were
         crossed = training_tokens + evaluation_tokens + edge.fill_tokens
         per_token = (forward_flops + evaluation_flops + edge.cloud_flops.get("fill", 0)) / max(crossed, 1)
         training_tokens, evaluation_tokens = edge.trained_tokens, edge.evaluated_tokens
         forward_flops, evaluation_flops = (round(per_token * n) for n in (training_tokens, evaluation_tokens))
-    return _Job(
+    return Workload(
         row=TokenBytes.of(edge.hidden_size, edge.codecs),
         training_tokens=training_tokens,
         evaluation_tokens=evaluation_tokens,

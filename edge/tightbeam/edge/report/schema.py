@@ -201,6 +201,8 @@ class ModeCost(_Model):
     """Of the weights that stay at the edge in this mode; None where the ledger does not say."""
     rule: str
     """The formula in words, with its assumptions."""
+    cloud_sees: str = ""
+    """Of the data, in words."""
 
 
 class Costs(_Model):

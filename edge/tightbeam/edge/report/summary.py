@@ -16,6 +16,7 @@ from typing import Any, Self
 from tightbeam.common.accounts.prices import Energy, Prices, Tariff
 from tightbeam.common.accounts.rows import StepBytes, StepRow
 from tightbeam.common.errors import DataError
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.report import billing
 from tightbeam.edge.report.modes import TokenBytes, mode_costs, predict
 from tightbeam.edge.report.reading import RunRecords, read_run
@@ -221,9 +222,8 @@ class _Grid:
 
 def _prediction(record: RunRecords, by_kind: dict[str, list[StepRow]]) -> Prediction | None:
     run = record.runs[-1]
-    if run.hidden_size is None or run.mode not in ("ushape", "top", "side"):
-        return None
-    if run.mode == "side" and run.tap_size is None:
+    spec = MODES.get(run.mode)
+    if run.hidden_size is None or spec is None or (spec.has_side and run.tap_size is None):
         return None
     tokens = {kind: sum(row.tokens for row in rows) for kind, rows in by_kind.items()}
     moved = [row.bytes for rows in by_kind.values() for row in rows]

@@ -22,17 +22,18 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 
 from tightbeam.common.accounts.rows import StepBytes, StepRow
-from tightbeam.common.errors import BudgetError, NonFiniteError, RecipeError, TightbeamError
+from tightbeam.common.errors import BudgetError, NonFiniteError, TightbeamError
 from tightbeam.common.files import write_failed
 from tightbeam.edge.data import IGNORED, Example, Limits, Splits, collate
 from tightbeam.edge.data.reading import read_records
 from tightbeam.edge.link.offer import cost_facts
 from tightbeam.edge.model.adapters import attach_adapter, method_arguments
 from tightbeam.edge.model.export import save_adapter
-from tightbeam.edge.modes import Job, Mode, mode_for, trained_blocks
+from tightbeam.edge.modes import mode_for, spec_of, trained_blocks
+from tightbeam.edge.modes.base import Job, Mode
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.report.meter import JsonlLedger, peak_memory_bytes
-from tightbeam.edge.side import add_side, side_of
+from tightbeam.edge.side import side_of
 from tightbeam.edge.training.checkpoints import (
     Position,
     RandomState,
@@ -160,7 +161,8 @@ class _Training:
             say(self.console, warning)
         self.train, self.eval = data.train, data.eval
         self.plan = Plan(len(self.train), self.recipe.train, self.recipe.data.shuffle_seed)
-        once = self.recipe.mode != "ushape" and self.recipe.cache.enabled  # later epochs do not cross
+        spec = spec_of(self.recipe)
+        once = spec.crosses == "once" and self.recipe.cache.enabled  # later epochs do not cross
         batches = self.plan.batches(self.plan.steps_per_epoch if once else self.plan.total_steps)
         data.check_batches(limits, batches, self.recipe.train.batch_size)
         self.facts = run_facts(self.recipe, model, tokenizer, self.loaded.fingerprint, card)
@@ -169,8 +171,7 @@ class _Training:
         self.model: PeftModel = attach_adapter(
             self.loaded.model, self.recipe.adapter, trained_blocks(self.recipe, self.loaded.model)
         )
-        if self.recipe.mode == "side":
-            self._add_side()
+        spec.extend(self.model, card, self.recipe.side)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
         section = self.recipe.train
         # One pass over the numbers instead of a dozen; on a CPU they are most of what a step of AdamW takes.
@@ -184,12 +185,6 @@ class _Training:
             num_warmup_steps=section.warmup_steps,
             num_training_steps=self.plan.total_steps,
         )
-
-    def _add_side(self) -> None:
-        section = self.recipe.side
-        if self.loaded.card is None:
-            raise RecipeError("Mode side needs a cloud.", cure="Use another mode with a local model.")
-        add_side(self.model, self.loaded.card, taps=section.taps, width=section.width, heads=section.heads)
 
     def run(self, resume: bool) -> TrainResult:
         """Train from the start or the last checkpoint to the end, or to an interrupt."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.report.modes import TokenBytes
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.journal import Row
@@ -138,7 +139,7 @@ def _ushape_flops(
     for row in work:
         trains = row["row"] == "client_round"
         frozen = freeze is not None and row["round"] - trains >= freeze
-        if modes[row["client"]] == "ushape" and not frozen:
+        if MODES[modes[row["client"]]].gradients_cross and not frozen:
             edge, cloud = edge + row.get("edge_flops", 0), cloud + row.get("cloud_flops", 0)
             continue
         per_weight = (4 if trains else 2) * row.get("tokens", 0)

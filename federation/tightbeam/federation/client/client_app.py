@@ -214,7 +214,7 @@ def _evaluate(client: Client, lender: Lender, context: Context, content: RecordD
         place.lent.wear(client.complete(place.lent, arrays, number + 1), folded)
         try:
             work = place.evaluate(held_out, client.scenario.train.batch_size, client.rows)
-            if options.share != "all" or options.mode == "side":
+            if options.keeps_own:
                 place.lent.save(client.folder / "adapter")
         finally:
             place.lent.undress()

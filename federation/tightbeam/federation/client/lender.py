@@ -16,6 +16,7 @@ from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.data import Example, Limits, load_examples
 from tightbeam.edge.link.connection import Cloud
 from tightbeam.edge.model.adapters import attach_adapter
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.recipe import AdapterSection, Codecs, SideSection
 from tightbeam.edge.side import side_of
 from tightbeam.federation.client.adapter import SplitAdapter
@@ -33,7 +34,7 @@ class AdapterShape:
     scale: float  # alpha / r
     dropout: float = 0.0
     target_modules: str | tuple[str, ...] = "all-linear"
-    side: SideSection | None = None  # of mode side
+    side: SideSection | None = None  # of a mode that has one
 
     def section(self) -> AdapterSection:
         """Describe the adapter as a recipe does."""
@@ -48,7 +49,7 @@ class AdapterShape:
     @property
     def only_top(self) -> bool:
         """Whether the bottom has no adapter."""
-        return self.mode == "top" or (self.side is not None and not self.side.adapt_bottom)
+        return not MODES[self.mode].adapts_bottom(self.side or SideSection())
 
 
 class Lender:
@@ -81,7 +82,7 @@ class Lender:
     def lend(self, cloud: Cloud, shape: AdapterShape, codec: str | Codecs) -> SplitAdapter:
         """A model of this shape whose steps go through `cloud`; take it back by lending it again.
 
-        Raises what `Cloud.load_model`, `attach_adapter` and `Cloud.add_side` raise.
+        Raises what `Cloud.load_model`, `attach_adapter` and `ModeSpec.extend` raise.
         """
         key = cloud.card.fingerprint, shape
         if key not in self._models:
@@ -99,9 +100,7 @@ class Lender:
             parameter.data = shared
         blocks = FrozenParts.of(model).top if shape.only_top else None
         adapted = attach_adapter(model, shape.section(), blocks)
-        if shape.mode == "side":
-            side = shape.side or SideSection()
-            cloud.add_side(adapted, taps=side.taps, width=side.width, heads=side.heads)
+        MODES[shape.mode].extend(adapted, cloud.card, shape.side or SideSection())
         return SplitAdapter(adapted)
 
 

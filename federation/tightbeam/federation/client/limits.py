@@ -5,6 +5,7 @@ from flwr.app import RecordDict
 from tightbeam.common.accounts.prices import Tariff
 from tightbeam.edge.data import Example
 from tightbeam.edge.link.connection import Cloud
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.recipe import Codecs
 from tightbeam.edge.side import side_of
 from tightbeam.federation.client import Lender, LocalTask, SplitAdapter, Workplace
@@ -65,7 +66,7 @@ def affordable_codec(
         frozen = client.frozen_after(number - 1)
         place = client.workplace(cloud, lender, codecs, frozen=frozen)
         flops, tokens = place.planned_flops(learn, task), place.plan_tokens(learn, task)
-        gradients = options.mode == "ushape" and not frozen
+        gradients = MODES[options.mode].gradients_cross and not frozen
         # down, up, and down again: to be asked once more costs even those who then leave
         return plan(place, tokens, flops, 3 * adapter_bytes, gradients=gradients)
 

@@ -108,7 +108,7 @@ class Client:
             adapter.scale,
             adapter.dropout,
             "all-linear" if isinstance(targets, str) else tuple(targets),
-            options.side if options.mode == "side" else None,
+            options.own_side,
         )
 
     def frozen_after(self, number: int) -> bool:

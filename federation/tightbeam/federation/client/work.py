@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from tightbeam.common.accounts.rows import StepRow
 from tightbeam.common.errors import NonFiniteError
 from tightbeam.edge.data import IGNORED, Example, collate
-from tightbeam.edge.modes import FrozenBottom, Job, Mode, Side, Top
+from tightbeam.edge.modes import MODES
+from tightbeam.edge.modes.base import Job, Mode
 from tightbeam.edge.recipe import (
     CacheSection,
     DataSection,
@@ -158,8 +159,8 @@ class Workplace:
         self, task: LocalTask, *, train: Sequence[Example] = (), held_out: Sequence[Example] = ()
     ) -> Iterator[Mode]:
         """The mode of one message, at whose end its cache is written and released."""
-        side = self.shape.mode == "side"
-        self.lent.learn(only_B=task.only_B, only_above=self.frozen and side)
+        spec = MODES[self.shape.mode]
+        self.lent.learn(only_B=task.only_B, only_above=self.frozen and spec.has_side)
         job = Job(
             recipe=self._recipe(task),
             model=self.lent.model,
@@ -172,12 +173,7 @@ class Workplace:
             say=lambda line: None,
             moved_bytes=lambda: 0,
         )
-        if side:
-            mode: Mode = Side(job, task.first_step)
-        elif self.shape.mode == "top":
-            mode = Top(job, task.first_step)
-        else:
-            mode = FrozenBottom(job, task.first_step) if self.frozen else Mode(job)
+        mode = spec.build(job, task.first_step, frozen=self.frozen)
         try:
             yield mode
         finally:

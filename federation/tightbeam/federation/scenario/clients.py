@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field
 
 from tightbeam.common.settings.sections import Section
-from tightbeam.edge.recipe import Codecs, CutText, SideSection
+from tightbeam.edge.modes.registry import MODES
+from tightbeam.edge.recipe import Codecs, CutText, ModeName, SideSection
 from tightbeam.federation.profiles import DEVICES, NETWORKS, Budget, DeviceProfile, NetworkProfile
 
 __all__ = ["ClientProfile", "ClientSection", "GroupSection"]
@@ -28,14 +29,13 @@ def _named(table: Mapping[str, Section], what: str) -> BeforeValidator:
 
 Network = Annotated[NetworkProfile, _named(NETWORKS, "network")]
 Device = Annotated[DeviceProfile, _named(DEVICES, "device")]
-Mode = Literal["ushape", "top", "side"]
 Share = Literal["all", "top", "none"]
 
 
 class ClientSection(Section):
     """What every client has."""
 
-    mode: Mode = Field(default="ushape", description="How training uses the trunk: see docs/modes.md.")
+    mode: ModeName = Field(default="ushape", description="How training uses the trunk: see docs/modes.md.")
     side: SideSection = Field(default_factory=SideSection, description="The side network of mode side.")
     share: Share = Field(
         default="all", description="What is federated; the rest is the client's own (personal mode)."
@@ -53,7 +53,18 @@ class ClientSection(Section):
     @property
     def place(self) -> tuple[object, ...]:
         """What decides which parameters it shares, and their shapes up to the rank."""
-        return self.cut, self.mode, self.share, self.side.model_dump_json() if self.mode == "side" else ""
+        side = self.own_side
+        return self.cut, self.mode, self.share, side.model_dump_json() if side else ""
+
+    @property
+    def own_side(self) -> SideSection | None:
+        """Its side network; None in a mode without one."""
+        return self.side if MODES[self.mode].has_side else None
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether it ends with an adapter of its own, beside the one that all share."""
+        return self.share != "all" or self.own_side is not None
 
     @property
     def shared_blocks(self) -> int:
@@ -63,7 +74,7 @@ class ClientSection(Section):
     def blocks_shared_in(self, mode: str) -> int:
         """The same, had it trained in another mode."""
         bottom, top = map(int, self.cut.split(":"))
-        bare = mode == "top" or (mode == "side" and not self.side.adapt_bottom)
+        bare = not MODES[mode].adapts_bottom(self.side)
         if self.share == "none":
             return 0
         return top if bare or self.share == "top" else bottom + top
@@ -73,7 +84,7 @@ class GroupSection(Section):
     """So many clients that have something else than `client` says; groups take clients in order."""
 
     clients: int = Field(ge=1, description="How many.")
-    mode: Mode | None = None
+    mode: ModeName | None = None
     side: SideSection | None = None
     share: Share | None = None
     cache_gb: float | None = Field(default=None, ge=0)

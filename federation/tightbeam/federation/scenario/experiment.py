@@ -105,9 +105,9 @@ class Scenario(Section):
     def _modes(self) -> str:
         """What folds, hides or remembers whole adapters cannot do with a part of them."""
         options, strategy = [profile.options for profile in self.profiles()], self.strategy
-        sides, shares = {one.mode for one in options}, {one.share for one in options}
+        sides, shares = any(one.own_side for one in options), {one.share for one in options}
         freeze = self.train.freeze_bottom_after
-        if self.folds and ("side" in sides or shares != {"all"} or freeze):
+        if self.folds and (sides or shares != {"all"} or freeze):
             return (
                 f"{strategy.name}{' with mixed ranks' * (strategy.name == 'ffa')} folds what is learned into "
                 "the blocks themselves, which mode side, client.share and train.freeze_bottom_after need as "

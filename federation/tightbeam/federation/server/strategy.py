@@ -167,7 +167,7 @@ class FederatedLora(Strategy):
         profiles, present = self.scenario.profiles(), {n.profile.name: n for n in self.present()}
         names = [profile.name for profile in profiles]
         random.Random(f"{self.scenario.seed}/evaluate").shuffle(names)  # noqa: S311  no secret
-        own = any(one.options.share != "all" or one.options.mode == "side" for one in profiles)
+        own = any(one.options.keeps_own for one in profiles)
         most = len(names) if own and number == self.scenario.rounds else self.scenario.evaluated
         return [present[name] for name in sorted([name for name in names if name in present][:most])]
 
