@@ -35,6 +35,8 @@ REASONS = {
     "tightbeam simulate ": "takes minutes; scenarios run in tests/simulations/test_scenarios_run.py",
     "tightbeam federate ": "needs a SuperLink; runs in tests/federation/runtimes/test_deployment.py",
     "python -m tightbeam.simulations.compose ": "runs in tests/simulations/test_compose_processes.py",
+    "docker ": "needs a container engine; tests/deployment runs its page",
+    "python -m tightbeam.common.health ": "needs a cloud; tests/deployment runs it",
     "flwr run ": "needs a SuperLink; federations run in tests/federation/runtimes/test_runtimes.py",
     "pytest ": "is what runs these tests",
     "tightbeam doctor HOST:PORT": "is short for what the front page has",
