@@ -18,7 +18,7 @@ from tightbeam.edge.link.channel import Channel, Exchange
 from tightbeam.edge.link.stepper import Stepper
 from tightbeam.edge.recipe import Codecs, Recipe
 from tightbeam.edge.training.folder import RunFolder
-from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
+from tightbeam.edge.training.recipe_run import LoadedModel, TrainResult, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
 __all__ = [

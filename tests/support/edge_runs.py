@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from tightbeam.common.accounts.rows import StepBytes, StepRow
 from tightbeam.edge.recipe import Recipe, load_recipe, recipe_from_mapping
-from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
+from tightbeam.edge.training.recipe_run import LoadedModel, TrainResult, train_recipe
 
 __all__ = [
     "CHATML",

@@ -199,6 +199,9 @@ class TrainSection(Section):
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads of torch; its own choice if left out."
     )
+    report_to: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(
+        default_factory=list, description="Trackers that get losses, speed, bytes, money and joules."
+    )
 
     freeze_bottom_after: float | str | None = Field(
         default=None,
@@ -332,7 +335,7 @@ class Recipe(Section):
             del plain["model"][key]
         for key in ("train", "eval"):  # data are known by their content
             del plain["data"][key]
-        for key in ("eval_every", "checkpoint_every", "keep_checkpoints", "threads"):
+        for key in ("eval_every", "checkpoint_every", "keep_checkpoints", "threads", "report_to"):
             del plain["train"][key]
         if self.train.freeze_bottom_after is None:
             del plain["train"]["max_mb"]  # then it says when a run stops, not what it learns

@@ -19,7 +19,7 @@ from support.in_process import InProcessCloud
 from tightbeam.common.errors import IdentityError
 from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.report.meter import read_ledger
-from tightbeam.edge.training.loop import TrainResult
+from tightbeam.edge.training.recipe_run import TrainResult
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

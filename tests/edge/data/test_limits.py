@@ -15,7 +15,7 @@ from tightbeam.common.errors import DataError, StepTooLargeError, TightbeamError
 from tightbeam.edge.data import Limits, check_file
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.training.folder import RunFolder
-from tightbeam.edge.training.loop import LoadedModel, train_recipe
+from tightbeam.edge.training.recipe_run import LoadedModel, train_recipe
 from tightbeam.proto import backbone_pb2 as pb
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

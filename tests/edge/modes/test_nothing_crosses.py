@@ -24,7 +24,7 @@ from tightbeam.edge import connect
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.report.meter import read_ledger
 from tightbeam.edge.training.folder import RunFolder
-from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
+from tightbeam.edge.training.recipe_run import LoadedModel, TrainResult, train_recipe
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

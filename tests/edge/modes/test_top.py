@@ -26,7 +26,7 @@ from tightbeam.edge.cache.store import shard_paths
 from tightbeam.edge.data import collate, load_examples, split_examples
 from tightbeam.edge.report.meter import read_ledger
 from tightbeam.edge.training.folder import RunFolder
-from tightbeam.edge.training.loop import INTERRUPTED
+from tightbeam.edge.training.recipe_run import INTERRUPTED
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -13,7 +13,7 @@ from support.edge_runs import byte_tokenizer, quiet, tiny_llama, write_jsonl
 from tightbeam.edge.recipe import Recipe, load_recipe
 from tightbeam.edge.report.meter import read_ledger
 from tightbeam.edge.training.checkpoints import latest
-from tightbeam.edge.training.loop import TrainResult
+from tightbeam.edge.training.recipe_run import TrainResult
 from tightbeam.edge.training.run import run_recipe
 
 # PEFT 0.21 asks transformers 5.23 for a property under its former name.

@@ -19,7 +19,7 @@ from tightbeam.edge.modes.budget import Budget
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.report.meter import read_ledger
 from tightbeam.edge.training.folder import RunFolder
-from tightbeam.edge.training.loop import train_recipe
+from tightbeam.edge.training.recipe_run import train_recipe
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

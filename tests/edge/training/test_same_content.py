@@ -10,7 +10,7 @@ from support.edge_runs import CHATML, Steps, byte_tokenizer, quiet, tiny_llama, 
 from tightbeam.common.errors import RecipeError
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.training.folder import RunFolder
-from tightbeam.edge.training.loop import LoadedModel, train_recipe
+from tightbeam.edge.training.recipe_run import LoadedModel, train_recipe
 from tightbeam.proto.backbone_pb2 import Card, Limits
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

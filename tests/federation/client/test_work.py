@@ -149,6 +149,46 @@ def test_rounds_go_on_where_the_last_one_stopped(cloud: Cloud, examples: list[Ex
     assert all(np.array_equal(at_once[name], array) for name, array in adapter.arrays().items())
 
 
+def test_a_schedule_runs_over_all_rounds(cloud: Cloud, examples: list[Example]) -> None:
+    work = _work(cloud, Lender())
+    adapter, start = work.lent, _random(work.lent, 1)
+    sgd = {"optimizer": "sgd", "lr": 0.1, "schedule": "linear", "warmup_steps": 1, "scheduled_steps": 4}
+    adapter.wear(start)
+    work.train(examples, _task(steps=4, **sgd), [])
+    at_once = adapter.arrays()
+    adapter.wear(start)
+    for first in (0, 2):
+        work.train(examples, _task(steps=2, first_step=first, **sgd), [])
+    assert all(np.array_equal(at_once[name], array) for name, array in adapter.arrays().items())
+    adapter.wear(start)
+    work.train(examples, _task(steps=4, **(sgd | {"schedule": "constant"})), [])
+    assert any(not np.array_equal(at_once[name], array) for name, array in adapter.arrays().items())
+
+
+def test_accumulated_micro_batches_are_one_step(cloud: Cloud, examples: list[Example]) -> None:
+    work = _work(cloud, Lender())
+    adapter, start, found, rows = work.lent, _random(work.lent, 1), [], list[StepRow]()
+    for size, accumulation in ((4, 1), (2, 2)):
+        task = _task(batch_size=size, gradient_accumulation=accumulation, optimizer="sgd", proximal=0.5)
+        adapter.wear(start)
+        done = work.train(examples, task, rows)
+        assert done.edge_flops == work.planned_flops(examples, task)
+        assert (done.steps, done.tokens) == (3, work.plan_tokens(examples, task))
+        found.append(adapter.arrays())
+    whole, parts = found
+    assert all(np.allclose(whole[name], parts[name], atol=1e-6) for name in whole)
+    assert any(not np.array_equal(whole[name], start[name]) for name in whole)
+
+
+def test_noise_blurs_what_a_frozen_trunk_gave(cloud: Cloud, examples: list[Example]) -> None:
+    work = _work(cloud, Lender(), TOP)
+    start, losses = _random(work.lent, 1), []
+    for noise in (0.0, 0.0, 0.5):
+        work.lent.wear(start)
+        losses.append(work.train(examples, _task(noise=noise), []).loss)
+    assert losses[0] == losses[1] != losses[2]
+
+
 def test_only_b_leaves_a_alone(cloud: Cloud, examples: list[Example]) -> None:
     work = _work(cloud, Lender())
     adapter = work.lent

@@ -20,8 +20,8 @@ from tightbeam.edge.model.adapters import resolve_targets
 from tightbeam.edge.model.weights import local_source
 from tightbeam.edge.modes.registry import MODES
 from tightbeam.edge.recipe import Recipe, recipe_from_mapping
-from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
 from tightbeam.edge.training.progress import say
+from tightbeam.edge.training.recipe_run import LoadedModel, TrainResult, train_recipe
 from tightbeam.edge.training.run import run_recipe
 
 __all__ = ["load_whole_model", "main", "same_blocks", "train_whole_model"]

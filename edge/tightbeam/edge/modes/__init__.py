@@ -3,6 +3,6 @@
 Nothing heavy is imported before a mode is built.
 """
 
-from tightbeam.edge.modes.registry import MODES, ModeSpec, mode_for, recipe_modes, spec_of, trained_blocks
+from tightbeam.edge.modes.registry import MODES, ModeSpec, recipe_modes, spec_of, trained_blocks
 
-__all__ = ["MODES", "ModeSpec", "mode_for", "recipe_modes", "spec_of", "trained_blocks"]
+__all__ = ["MODES", "ModeSpec", "recipe_modes", "spec_of", "trained_blocks"]

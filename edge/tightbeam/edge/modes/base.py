@@ -16,7 +16,8 @@ from torch import Tensor
 from tightbeam.common.accounts.flops import EdgeFlops
 from tightbeam.edge.data import Example
 from tightbeam.edge.modes.budget import Budget
-from tightbeam.edge.recipe import Recipe, SideSection
+from tightbeam.edge.recipe import CacheSection, SideSection
+from tightbeam.edge.training.events import Listener
 from tightbeam.edge.training.plan import Plan
 from tightbeam.proto.backbone_pb2 import Card
 
@@ -27,15 +28,17 @@ __all__ = ["Job", "Mode"]
 class Job:
     """What a mode works on."""
 
-    recipe: Recipe
+    cut: str
     model: PeftModel
-    plan: Plan
+    plan: Plan  # with the recipe's train section
     train: Sequence[Example]
     eval: Sequence[Example]
     fingerprint: str
+    cache: CacheSection
     cache_folder: Path
     cache_secret: bytes | None  # of the edge's identity
     say: Callable[[str], None]
+    emit: Listener
     moved_bytes: Callable[[], int]  # on the wire so far, whole run
 
     def rows_of(self, step: int) -> list[Example]:
@@ -52,7 +55,7 @@ class Mode:
 
     def __init__(self, job: Job, start_step: int = 0) -> None:
         self.job = job
-        self.budget = Budget.of(job.recipe, job.model)
+        self.budget = Budget.of(job.plan.train, job.model)
         self._flops = EdgeFlops.from_model(job.model)
 
     def before_step(self, step: int) -> None:

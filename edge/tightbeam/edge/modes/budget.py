@@ -14,7 +14,7 @@ from tightbeam.common.errors import BudgetError
 from tightbeam.edge.cache.filler import Pass
 from tightbeam.edge.cache.shortcut import FrozenParts
 from tightbeam.edge.data import Example
-from tightbeam.edge.recipe import Recipe
+from tightbeam.edge.recipe import TrainSection
 from tightbeam.edge.report.modes import TokenBytes
 
 __all__ = ["Budget"]
@@ -34,9 +34,9 @@ class Budget:
     resumable: bool = True  # with another budget
 
     @classmethod
-    def of(cls, recipe: Recipe, model: PeftModel) -> "Budget":
-        """The recipe's; unlimited without `train.max_mb`."""
-        if recipe.train.max_mb is None:
+    def of(cls, section: TrainSection, model: PeftModel) -> "Budget":
+        """The section's; unlimited without `train.max_mb`."""
+        if section.max_mb is None:
             return cls(float("inf"))
         base = model.get_base_model()
         stepper = FrozenParts.of(base).trunk.stepper
@@ -44,8 +44,8 @@ class Budget:
         width = int(base.config.get_text_config().hidden_size)
         tapped = {"num_taps": len(taps.blocks), "tap_size": taps.size} if taps else {}
         row = TokenBytes.of(width, codecs.model_dump(), **tapped)
-        resumable = recipe.train.freeze_bottom_after is None
-        return cls(recipe.train.max_mb * 1e6, row.forward, row.training, resumable)
+        resumable = section.freeze_bottom_after is None
+        return cls(section.max_mb * 1e6, row.forward, row.training, resumable)
 
     @property
     def is_set(self) -> bool:

@@ -15,6 +15,7 @@ from tightbeam.common.errors import BudgetError, TightbeamError
 from tightbeam.edge.modes.base import Job, Mode
 from tightbeam.edge.modes.frozen import FrozenPhase
 from tightbeam.edge.modes.movement import Movement
+from tightbeam.edge.training.events import Froze
 
 __all__ = ["Freeze", "freeze_step"]
 
@@ -35,7 +36,7 @@ class Freeze(Mode):
 
     def __init__(self, job: Job, start_step: int = 0) -> None:
         super().__init__(job, start_step)
-        after = job.recipe.train.freeze_bottom_after
+        after = job.plan.train.freeze_bottom_after
         assert after is not None
         self._at = freeze_step(after, job.plan.steps_per_epoch)
         self._movement = Movement(job)
@@ -50,7 +51,7 @@ class Freeze(Mode):
     def before_step(self, step: int) -> None:
         """Freeze when it is time, or while the budget still lasts for the pass that follows."""
         if self._phase is None and (reason := self._reason_to_freeze(step)):
-            self.job.say(f"Step {step}: the bottom is frozen ({reason}); its activations cross once more.")
+            self.job.emit(Froze(step=step, reason=reason))
             self._freeze(step)
         if self._phase is not None:
             missing = self._phase.missing(self.job.rows_of(step))
@@ -115,5 +116,5 @@ class Freeze(Mode):
         if not self.budget.allows(moved, ahead):
             return f"train.max_mb is {self.budget.max_bytes / 1e6:g}"
         if self._at is not None:
-            return f"train.freeze_bottom_after is {job.recipe.train.freeze_bottom_after}" * (step >= self._at)
+            return f"train.freeze_bottom_after is {job.plan.train.freeze_bottom_after}" * (step >= self._at)
         return "its activations have settled" * self._movement.says_freeze(step)

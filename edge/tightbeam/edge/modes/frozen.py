@@ -37,7 +37,7 @@ class FrozenPhase:
         self.cache: ActivationCache | None = None
         self.filler: Filler | None = None
         with ExitStack() as stack:
-            section = job.recipe.cache
+            section = job.cache
             width = int(base.config.get_text_config().hidden_size)
             if section.enabled:
                 scope = self._scope(base.dtype, width)
@@ -51,7 +51,7 @@ class FrozenPhase:
                     )
                 )
             self.shortcut = stack.enter_context(self._shortcut(base.dtype, width))
-            self.shortcut.noise = job.recipe.train.noise
+            self.shortcut.noise = job.plan.train.noise
             stack.enter_context(packed_attention_in(base))
             if self.cache is not None:
                 self.filler = Filler(self.shortcut, self._batches())
@@ -126,7 +126,7 @@ class FrozenPhase:
 
     def _scope(self, dtype: torch.dtype, width: int) -> Scope:
         job = self.job
-        return self.parts.scope(job.fingerprint, job.recipe.cut, self.bottom_sha256, dtype, width)
+        return self.parts.scope(job.fingerprint, job.cut, self.bottom_sha256, dtype, width)
 
     @contextmanager
     def _shortcut(self, dtype: torch.dtype, width: int) -> Iterator[TrunkShortcut]:
@@ -169,7 +169,7 @@ class FrozenPhase:
         Two epochs from `start_step` on hold every sample once, wherever they start. A run begins with an
         evaluation; one that freezes on the way has its next one later.
         """
-        plan, size = self.job.plan, self.job.recipe.train.batch_size
+        plan, size = self.job.plan, self.job.plan.train.batch_size
         held = [_samples(self.job.eval[start : start + size]) for start in range(0, len(self.job.eval), size)]
         if self.start_step == 0:
             yield from held

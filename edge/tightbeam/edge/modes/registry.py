@@ -25,7 +25,6 @@ __all__ = [
     "NUM_TAPS",
     "TAP_SHARE",
     "ModeSpec",
-    "mode_for",
     "recipe_modes",
     "spec_of",
     "trained_blocks",
@@ -174,11 +173,6 @@ def spec_of(recipe: "Recipe") -> ModeSpec:
     """The mode that a recipe asks for."""
     spec = MODES[recipe.mode]
     return spec if recipe.train.freeze_bottom_after is None else MODES[spec.freezes_as]
-
-
-def mode_for(job: "Job") -> "Mode":
-    """The mode of a job's recipe, at work from the first step."""
-    return spec_of(job.recipe).build(job)
 
 
 def trained_blocks(recipe: "Recipe", model: "PreTrainedModel") -> range | None:

@@ -14,8 +14,8 @@ from tightbeam.edge.link.connection import connect
 from tightbeam.edge.recipe import Recipe
 from tightbeam.edge.report.meter import JsonlLedger
 from tightbeam.edge.training.folder import RunFolder
-from tightbeam.edge.training.loop import LoadedModel, TrainResult, train_recipe
 from tightbeam.edge.training.progress import Notices, say
+from tightbeam.edge.training.recipe_run import LoadedModel, TrainResult, train_recipe
 
 __all__ = ["run_recipe"]
 

@@ -4,8 +4,9 @@ No Flower here: arrays in, arrays and figures out. Names of arrays are those of 
 """
 
 from tightbeam.edge.link.offer import held_bytes
+from tightbeam.edge.training.objective import pad_id
 from tightbeam.federation.client.adapter import SplitAdapter
-from tightbeam.federation.client.lender import AdapterShape, Lender, pad_id
+from tightbeam.federation.client.lender import AdapterShape, Lender
 from tightbeam.federation.client.work import CachePlace, LocalTask, Work, Workplace
 
 __all__ = [

@@ -255,4 +255,9 @@ def _task(client: Client, number: int) -> LocalTask:
         order_seed=client.draw("order", 0).randrange(2**31),
         dropout_seed=client.draw("adapter-dropout", number).randrange(2**31),
         only_B=client.scenario.strategy.name == "ffa",
+        gradient_accumulation=section.gradient_accumulation,
+        schedule=section.schedule,
+        warmup_steps=section.warmup_steps,
+        scheduled_steps=client.scenario.rounds * section.steps,
+        noise=0.0 if client.profile.options.own_side else section.noise,
     )

@@ -21,7 +21,7 @@ from tightbeam.edge.recipe import AdapterSection, Codecs, SideSection
 from tightbeam.edge.side import side_of
 from tightbeam.federation.client.adapter import SplitAdapter
 
-__all__ = ["AdapterShape", "Lender", "pad_id"]
+__all__ = ["AdapterShape", "Lender"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +102,3 @@ class Lender:
         adapted = attach_adapter(model, shape.section(), blocks)
         MODES[shape.mode].extend(adapted, cloud.card, shape.side or SideSection())
         return SplitAdapter(adapted)
-
-
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id will do where the attention mask is 0."""
-    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(candidate for candidate in candidates if isinstance(candidate, int)))

@@ -4,31 +4,27 @@ The modes are those of `tightbeam train`. What crosses once is kept in the clien
 opened for one message and closed again: a simulated client must not hold files while others work.
 """
 
-import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from tightbeam.common.accounts.rows import StepRow
-from tightbeam.common.errors import NonFiniteError
-from tightbeam.edge.data import IGNORED, Example, collate
+from tightbeam.edge.data import Example
 from tightbeam.edge.modes import MODES
 from tightbeam.edge.modes.base import Job, Mode
-from tightbeam.edge.recipe import (
-    CacheSection,
-    DataSection,
-    ModelSection,
-    OutputSection,
-    Recipe,
-    TrainSection,
-)
+from tightbeam.edge.recipe import CacheSection, TrainSection
 from tightbeam.edge.report.meter import peak_memory_bytes
+from tightbeam.edge.training.events import Evaluated, Event, StepDone
+from tightbeam.edge.training.loop import Loop
+from tightbeam.edge.training.objective import CausalLM
 from tightbeam.edge.training.plan import Plan
+from tightbeam.edge.training.schedule import make_scheduler
 from tightbeam.federation.client.adapter import SplitAdapter
 from tightbeam.federation.client.lender import AdapterShape
 
@@ -49,11 +45,25 @@ class LocalTask:
     order_seed: int
     dropout_seed: int
     only_B: bool = False  # FFA: A is frozen
+    gradient_accumulation: int = 1
+    schedule: Literal["linear", "cosine", "constant"] = "constant"
+    warmup_steps: int = 0
+    scheduled_steps: int = 0  # of all rounds, for the schedule
+    noise: float = 0.0
 
     @property
     def section(self) -> TrainSection:
         """As a recipe says it: all steps up to the end of this round."""
-        return TrainSection(steps=self.first_step + self.steps, batch_size=self.batch_size)
+        return TrainSection(
+            steps=self.first_step + self.steps,
+            batch_size=self.batch_size,
+            gradient_accumulation=self.gradient_accumulation,
+            lr=self.lr,
+            schedule=self.schedule,
+            warmup_steps=self.warmup_steps,
+            max_grad_norm=self.max_grad_norm,
+            noise=self.noise,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +89,16 @@ class Work:
     memory_bytes: int = 0  # the most that this process has held
     rows: list[StepRow] = field(default_factory=list)
 
+    def __call__(self, event: Event) -> None:
+        """Add a step or an evaluation of the training loop."""
+        if isinstance(event, StepDone | Evaluated):
+            learned = self.learned_tokens + event.learned_tokens
+            self.loss = (self.loss * self.learned_tokens + event.loss * event.learned_tokens) / learned
+            self.learned_tokens = learned
+            self.tokens += event.tokens
+            self.edge_flops += event.edge_flops
+            self.steps += isinstance(event, StepDone)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workplace:
@@ -100,7 +120,9 @@ class Workplace:
         """Operations that `train` will take at the edge."""
         with self._mode(task, train=examples) as mode:
             filling = mode.filling_flops(mode.crossing(_flat(examples, task)))
-            return filling + sum(mode.flops(self._batch(batch)) for batch in _batches(examples, task))
+            return filling + sum(
+                mode.flops(self._objective.batch(batch)) for batch in _batches(examples, task)
+            )
 
     @torch.no_grad()
     def planned_evaluation(self, examples: Sequence[Example], batch_size: int) -> tuple[int, int]:
@@ -108,7 +130,9 @@ class Workplace:
         with self._mode(_no_steps(batch_size), held_out=examples) as mode:
             crossing = mode.crossing(examples)
             flops = mode.filling_flops(crossing)
-            flops += sum(mode.flops(self._batch(batch)) for batch in _by_length(examples, batch_size))
+            flops += sum(
+                mode.flops(self._objective.batch(batch)) for batch in _by_length(examples, batch_size)
+            )
         return sum(len(example.input_ids) for example in crossing), flops
 
     def train(self, examples: Sequence[Example], task: LocalTask, rows: list[StepRow]) -> Work:
@@ -121,48 +145,57 @@ class Workplace:
         with self._mode(task, train=examples) as mode:
             work.edge_flops = mode.filling_flops(mode.crossing(_flat(examples, task)))
             trained = [p for p in self.lent.model.parameters() if p.requires_grad]
-            anchor = [p.detach().clone() for p in trained]
-            make = torch.optim.AdamW if task.optimizer == "adamw" else torch.optim.SGD
-            optimizer = make(trained, lr=task.lr, weight_decay=0.0)
-            self.lent.model.train()
-            for step, batch_of_examples in enumerate(_batches(examples, task), task.first_step):
-                mode.before_step(step)
-                batch = self._batch(batch_of_examples)
-                loss = mode.loss(batch)
-                _count(work, batch, float(loss.detach()))
-                if task.proximal:
-                    drift = sum((p - a).square().sum() for p, a in zip(trained, anchor, strict=True))
-                    loss = loss + task.proximal / 2 * drift
-                loss.backward()
-                work.edge_flops += mode.flops(batch)
-                _clip(trained, task.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+            penalty = _proximal(trained, task.proximal) if task.proximal else None
+            self._loop(mode, examples, trained, task, work, penalty=penalty).run(task.first_step)
         return self._finish(work, began_s)
 
     @torch.no_grad()
     def evaluate(self, examples: Sequence[Example], batch_size: int, rows: list[StepRow]) -> Work:
         """Mean loss over all learned tokens of the examples."""
         began_s, work = time.perf_counter(), Work(rows=rows)
-        with self._mode(_no_steps(batch_size), held_out=examples) as mode:
-            work.edge_flops = mode.filling_flops(mode.crossing(examples))
-            mode.before_evaluation()
-            self.lent.model.eval()
-            for batch_of_examples in _by_length(examples, batch_size):
-                batch = self._batch(batch_of_examples)
-                _count(work, batch, float(mode.loss(batch)))
-                work.edge_flops += mode.flops(batch)
+        task, batches = _no_steps(batch_size), _by_length(examples, batch_size)
+        with self._mode(task, held_out=examples) as mode:
+            work.edge_flops, work.steps = mode.filling_flops(mode.crossing(examples)), len(batches)
+            trained = list(self.lent.model.parameters())
+            self._loop(mode, (), trained, task, work, held_out=batches).evaluate(0)
         return self._finish(work, began_s)
+
+    def _loop(
+        self,
+        mode: Mode,
+        examples: Sequence[Example],
+        trained: list[nn.Parameter],
+        task: LocalTask,
+        work: Work,
+        *,
+        held_out: Sequence[Sequence[Example]] = (),
+        penalty: Callable[[], Tensor] | None = None,
+    ) -> Loop:
+        make = torch.optim.AdamW if task.optimizer == "adamw" else torch.optim.SGD
+        optimizer = make(trained, lr=task.lr, weight_decay=0.0)
+        return Loop(
+            model=self.lent.model,
+            mode=mode,
+            objective=self._objective,
+            plan=mode.job.plan,
+            train=examples,
+            held_out=held_out,
+            optimizer=optimizer,
+            scheduler=make_scheduler(optimizer, task.section, task.scheduled_steps, task.first_step),
+            emit=work,
+            penalty=penalty,
+        )
 
     @contextmanager
     def _mode(
         self, task: LocalTask, *, train: Sequence[Example] = (), held_out: Sequence[Example] = ()
     ) -> Iterator[Mode]:
         """The mode of one message, at whose end its cache is written and released."""
-        spec = MODES[self.shape.mode]
+        spec, keep_gb = MODES[self.shape.mode], self.cache.max_gb
         self.lent.learn(only_B=task.only_B, only_above=self.frozen and spec.has_side)
         job = Job(
-            recipe=self._recipe(task),
+            cut=self.shape.cut,
+            cache=CacheSection(max_gb=keep_gb) if keep_gb else CacheSection(enabled=False),
             model=self.lent.model,
             plan=Plan(len(train), task.section, task.order_seed),
             train=train,
@@ -171,6 +204,7 @@ class Workplace:
             cache_folder=self.cache.folder,
             cache_secret=self.cache.secret,
             say=lambda line: None,
+            emit=lambda event: None,
             moved_bytes=lambda: 0,
         )
         mode = spec.build(job, task.first_step, frozen=self.frozen)
@@ -179,22 +213,9 @@ class Workplace:
         finally:
             mode.close()
 
-    def _recipe(self, task: LocalTask) -> Recipe:
-        """Modes are told by recipes; what concerns files and the connection is not asked for here."""
-        keep = self.cache.max_gb > 0
-        return Recipe(
-            model=ModelSection(cloud="federation:1"),
-            cut=self.shape.cut,
-            adapter=self.shape.section(),
-            data=DataSection(train=Path("train.jsonl")),
-            train=task.section,
-            cache=CacheSection(max_gb=self.cache.max_gb) if keep else CacheSection(enabled=False),
-            output=OutputSection(name="client"),
-        )
-
-    def _batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:
-        device = self.lent.parts.device
-        return {name: tensor.to(device) for name, tensor in collate(examples, self.pad_id).items()}
+    @property
+    def _objective(self) -> CausalLM:
+        return CausalLM(self.pad_id, self.lent.parts.device)
 
     def _finish(self, work: Work, began_s: float) -> Work:
         work.wall_s = time.perf_counter() - began_s
@@ -227,24 +248,12 @@ def _flat(examples: Sequence[Example], task: LocalTask) -> list[Example]:
     return [example for batch in _batches(examples, task) for example in batch]
 
 
-def _count(work: Work, batch: dict[str, Tensor], loss: float) -> None:
-    learned = int((batch["labels"][:, 1:] != IGNORED).sum())
-    total = work.loss * work.learned_tokens + _require_finite(loss, "loss") * learned
-    work.learned_tokens += learned
-    work.loss = total / work.learned_tokens
-    work.tokens += int(batch["attention_mask"].sum())
-    work.steps += 1
+def _proximal(trained: list[nn.Parameter], mu: float) -> Callable[[], Tensor]:
+    """FedProx's term: mu/2 times the squared distance from where the round began."""
+    anchor = [p.detach().clone() for p in trained]
 
+    def penalty() -> Tensor:
+        drift = sum((p - a).square().sum() for p, a in zip(trained, anchor, strict=True))
+        return mu / 2 * torch.as_tensor(drift)
 
-def _clip(trained: list[nn.Parameter], max_grad_norm: float) -> None:
-    norm = torch.nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf)
-    _require_finite(float(norm), "gradient norm")
-
-
-def _require_finite(value: float, what: str) -> float:
-    if math.isfinite(value):
-        return value
-    raise NonFiniteError(
-        f"The {what} of a local step is {value}; this client hands in no update.",
-        cure="Lower train.lr or train.max_grad_norm.",
-    )
+    return penalty

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from tightbeam.common.settings.sections import Section, checked_section
 from tightbeam.common.settings.yaml_text import read_mapping
+from tightbeam.edge.modes.registry import MODES
 from tightbeam.federation.scenario.clients import ClientProfile, ClientSection, GroupSection
 from tightbeam.federation.scenario.sections import (
     AdapterSection,
@@ -120,6 +121,8 @@ class Scenario(Section):
                 f"{strategy.name} goes by arrays that are the same in all rounds, and momentum would move a "
                 f"bottom that train.freeze_bottom_after has frozen: use {', '.join(_BY_LAYER)}"
             )
+        if self.train.noise and not freeze and not any(MODES[one.mode].frozen_bottom for one in options):
+            return "train.noise is for mode top, and for ushape with train.freeze_bottom_after"
         if freeze and freeze >= self.rounds:
             return f"train.freeze_bottom_after is {freeze}, but there are {self.rounds} rounds"
         return ""

@@ -64,8 +64,14 @@ class TrainSection(Section):
     """What a client does in one round. Optimizers start afresh each round."""
 
     steps: int = Field(default=4, ge=1, description="Optimizer steps per round.")
-    batch_size: int = Field(default=4, ge=1, description="Examples per step.")
-    lr: float = Field(default=1e-3, gt=0, description="Learning rate, constant.")
+    batch_size: int = Field(default=4, ge=1, description="Examples per micro-batch.")
+    gradient_accumulation: int = Field(default=1, ge=1, description="Micro-batches per optimizer step.")
+    lr: float = Field(default=1e-3, gt=0, description="Peak learning rate.")
+    warmup_steps: int = Field(default=0, ge=0, description="Optimizer steps from rate 0 to lr.")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="constant",
+        description="How the rate goes on after warm-up: constant, or to 0 at the last step of all rounds.",
+    )
     optimizer: Literal["adamw", "sgd"] = Field(default="adamw", description="Without weight decay.")
     max_grad_norm: float = Field(default=1.0, ge=0, description="Longest gradient, L2; 0 does not clip.")
     proximal: float = Field(
@@ -73,6 +79,9 @@ class TrainSection(Section):
     )
     freeze_bottom_after: int | None = Field(
         default=None, ge=1, description="Rounds after which nobody trains below its cut any more."
+    )
+    noise: float = Field(
+        default=0.0, ge=0, description="Gaussian noise on what a frozen trunk gave, as in a recipe."
     )
 
 

@@ -106,7 +106,7 @@ def _require_fair(scenario: Scenario, client: str, row: Row, *, trains: bool) ->
             f"its weight is {row['weight']}, not 1 to {section.max_weight}: "
             "if that is right, raise strategy.max_weight",
         )
-    seen = train.steps * train.batch_size if trains else row["examples"]
+    seen = train.steps * train.gradient_accumulation * train.batch_size if trains else row["examples"]
     if not row["learned_tokens"] <= row["tokens"] <= seen * scenario.data.max_length:
         told = f"{row['learned_tokens']} learned of {row['tokens']} tokens"
         raise _refused(client, f"{told} do not fit {seen} examples of up to {scenario.data.max_length}")
