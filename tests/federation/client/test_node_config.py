@@ -99,3 +99,7 @@ def test_a_deployments_nodes_are_never_dealt_data(module: str) -> None:
 
     assert "simulated = false" in app_files(module)["pyproject.toml"]
     assert f"from {module} import app" in app_files(module)["app/client_app.py"]
+    for name in ("app/client_app.py", "app/server_app.py"):
+        found: dict[str, Any] = {}
+        exec(app_files(module)[name], found)  # what a node does with it
+        assert callable(found["app"])

@@ -12,7 +12,7 @@ from support.federations import Playground, figures
 from tightbeam.common.errors import CloudUnavailableError
 from tightbeam.edge.link import connection
 from tightbeam.edge.link.carrier import RetryPolicy
-from tightbeam.federation.client import client_app, participant
+from tightbeam.federation.client import participant
 from tightbeam.federation.contract.layers import layers_of
 from tightbeam.federation.contract.records import to_record
 from tightbeam.federation.runtimes.grid import InProcessGrid
@@ -22,6 +22,7 @@ from tightbeam.federation.server.global_adapter import GlobalAdapter
 from tightbeam.federation.server.journal import Journal
 from tightbeam.federation.server.replies import Node
 from tightbeam.federation.server.strategy import FederatedLora
+from tightbeam.simulations.client_app import app
 
 SHAPES = {"m.layers.5.q.lora_A.weight": (2, 60), "m.layers.5.q.lora_B.weight": (50, 2)}
 
@@ -100,7 +101,7 @@ def test_a_cloud_that_dies_ends_the_run_once_for_all(
             )
             if asked == ("train", 2, 1):
                 cloud.kill()
-            return client_app.app(message, context)
+            return app(message, context)
 
         with pytest.raises(CloudUnavailableError, match=r"away for 4 of 5 clients in round 2") as caught:
             playground.run_with(scenario, client)
