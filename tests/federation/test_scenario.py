@@ -11,7 +11,9 @@ from tightbeam.federation.scenario import Scenario, load_scenario, scenario_from
 
 SMALL: dict[str, Any] = {"clients": 4, "rounds": 2}
 PRIVATE = {"weight": "equal", "privacy": {"noise_multiplier": 1, "clipping_norm": 1}}
-SCENARIOS = sorted((Path(scenario_from_mapping.__code__.co_filename).parent / "scenarios").glob("*.yaml"))
+SCENARIOS = sorted(
+    (Path(__file__).parents[2] / "simulations" / "tightbeam" / "simulations" / "scenarios").glob("*.yaml")
+)
 
 
 @pytest.mark.parametrize(
