@@ -14,7 +14,7 @@ weights) and its evaluation 2; attention's products are left out.
 from pydantic import BaseModel, ConfigDict
 
 from tightbeam.common.accounts.prices import Prices
-from tightbeam.federation.accounts.workload import Workload
+from tightbeam.federation.accounts.workload import ExperimentWorkload
 
 __all__ = ["FLOWERTUNE_BUDGET_MB", "Alternative", "alternatives"]
 
@@ -45,7 +45,7 @@ class Alternative(BaseModel):
         return self.activation_bytes + self.adapter_bytes + self.weight_bytes
 
 
-def alternatives(workload: Workload, prices: Prices) -> list[Alternative]:
+def alternatives(workload: ExperimentWorkload, prices: Prices) -> list[Alternative]:
     """The experiment as it was, and the others."""
 
     def cost(

@@ -14,13 +14,13 @@ from tightbeam.edge.report.modes import TokenBytes
 from tightbeam.federation.scenario import Scenario
 from tightbeam.federation.server.journal import Row
 
-__all__ = ["Workload", "workload_of"]
+__all__ = ["ExperimentWorkload", "workload_of"]
 
 _TENSORS = ("activations_up", "activations_down", "gradients_up", "gradients_down")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Workload:
+class ExperimentWorkload:
     """What every alternative has to do."""
 
     training_tokens: int
@@ -61,7 +61,7 @@ class Workload:
         return payload * self.wire_ratio
 
 
-def workload_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row]) -> Workload:
+def workload_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[Row]) -> ExperimentWorkload:
     """Sum up an experiment's rows of clients."""
     trained = [row for row in work if row["row"] == "client_round"]
     options = {profile.name: profile.options for profile in scenario.profiles()}
@@ -73,7 +73,7 @@ def workload_of(scenario: Scenario, backbone: Mapping[str, Any], work: Sequence[
     lora = _sum(trained, "adapter_down_bytes") - _sum(trained, "ladder_down_bytes", "fold_down_bytes")
     held = {row["client"]: row["weight_bytes"] for row in work if row.get("weight_bytes")}
     once = _once(scenario, work)
-    return Workload(
+    return ExperimentWorkload(
         training_tokens=_sum(trained, "tokens"),
         evaluation_tokens=_sum(work, "tokens") - _sum(trained, "tokens"),
         tokens_once=sum(once.values()),
