@@ -135,6 +135,17 @@ def test_edges_that_never_read_are_ended_and_their_memory_freed(cloud: Cloud) ->
         assert all(call.is_active() for call in streams)
 
 
+def test_who_takes_no_answers_has_few_steps_computed(cloud: Cloud) -> None:
+    with own_channel(cloud.address) as channel:
+        abuser = Abuser(channel, "wasteful")
+        session = abuser.handshake()
+        records = (abuser.records(session, abuser.forward(8_000, step)) for step in range(12))
+        call = abuser.stream(session, itertools.chain.from_iterable(records))
+        assert eventually(lambda: not call.is_active(), 60.0)
+        (used,) = abuser.stub.Usage(pb.UsageRequest(), metadata=abuser.metadata).runs
+    assert 1 <= used.forward_steps <= 9  # four answers fit what gRPC lets be on the way
+
+
 def test_eighty_forwards_evict_nobody_else(cloud: Cloud) -> None:
     with own_channel(cloud.address) as channel, split_run(cloud.address, name="victim") as victim:
         abuser = Abuser(channel, "greedy")

@@ -22,7 +22,7 @@ from tightbeam.proto import backbone_pb2 as pb
 __all__ = ["StepStream", "write"]
 
 _log = logging.getLogger(__name__)
-_STEPS_IN_FLIGHT = 8  # a client that sends more waits
+_STEPS_IN_FLIGHT = 3  # two that run and one whose answer leaves; who does not take answers gets no more
 STALL_S = PATIENCE_S  # for the next record of a message, either way
 MIN_BYTES_PER_S = 1 << 15  # of a whole message, after STALL_S; a stream that trickles holds what has arrived
 
