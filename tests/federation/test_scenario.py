@@ -59,6 +59,8 @@ SCENARIOS = sorted(
             "strategy.privacy needs one cut, mode and share",
         ),
         ({"train": {"freeze_bottom_after": 2}}, "freeze_bottom_after is 2, but there are 2 rounds"),
+        ({"train": {"noise": 0.5}}, "train.noise is for mode top, and for ushape with"),
+        ({"train": {"noise": 0.5}, "client": {"mode": "side"}}, "train.noise is for mode top"),
         (
             {"groups": {"a": {"clients": 1, "mode": "side"}}, "strategy": {"name": "krum"}},
             "one cut, mode and",
@@ -139,3 +141,9 @@ def test_numbers_leave_out_what_does_not_change_the_adapter() -> None:
 def test_blocks_whose_adapters_are_shared(options: dict[str, Any], blocks: int) -> None:
     scenario = scenario_from_mapping(SMALL | {"client": {"cut": "2:3", **options}})
     assert scenario.client.shared_blocks == blocks
+
+
+def test_noise_goes_with_some_client_of_mode_top_or_a_freeze() -> None:
+    some: dict[str, Any] = {"groups": {"a": {"clients": 1, "mode": "top"}}, "train": {"noise": 0.5}}
+    late: dict[str, Any] = {"train": {"noise": 0.5, "freeze_bottom_after": 1}}
+    assert all(scenario_from_mapping(SMALL | change).train.noise == 0.5 for change in (some, late))
