@@ -4,6 +4,7 @@ Nothing heavy is imported here: the tests of the command line must stay quick.
 """
 
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +25,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Ledgers and states wait for the disk at each write. Where memory has room for the files, nothing waits.
+_MEMORY, _ROOM_BYTES = Path("/dev/shm"), 8 << 30
+if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > _ROOM_BYTES:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(_MEMORY))
 
 # How long an example takes says more about what runs beside the tests than about the code.
 hypothesis.settings.register_profile("tightbeam", deadline=None)
