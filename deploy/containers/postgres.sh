@@ -3,7 +3,8 @@
 set -eu
 PATH=$(echo /usr/lib/postgresql/*/bin):$PATH
 if ! test -e "$PGDATA/PG_VERSION"; then
-    initdb --pgdata="$PGDATA" --username="$POSTGRES_USER" --pwfile="$POSTGRES_PASSWORD_FILE" --auth=trust
+    initdb --pgdata="$PGDATA" --username="$POSTGRES_USER" --pwfile="$POSTGRES_PASSWORD_FILE" --auth=trust \
+        --encoding=UTF8 --locale=C.UTF-8
     echo "host all all all scram-sha-256" >> "$PGDATA/pg_hba.conf"
     echo "CREATE DATABASE $POSTGRES_USER" | postgres --single -D "$PGDATA" postgres
 fi

@@ -32,6 +32,8 @@ class Stack:
         for name in ("deploy", "recipes"):
             shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
         content = yaml.safe_load((ROOT / file).read_text(encoding="utf-8"))
+        for body in content["services"].values():
+            body.pop("ports", None)  # nobody outside asks, and another stack may have them
         if engine.name == "podman":
             _give_addresses(content)
         (folder / file).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
@@ -56,10 +58,15 @@ class Stack:
         return self.engine.up(self.folder, "-f", self.file, *words, within_s=within_s, check=check)
 
     def container(self, service: str) -> str:
-        """Name of a service's container, in either engine's spelling."""
+        """Name of a service's container, in either engine's spelling; empty if there is none."""
         names = self.engine.run("ps", "--all", "--format", "{{.Names}}").split()
         known = [f"{self.project}{mark}{service}{mark}1" for mark in "-_"]
-        return next(name for name in known if name in names)
+        return next((name for name in known if name in names), "")
+
+    def remove(self, service: str) -> None:
+        """End a service's container, if there is one, and forget it."""
+        if name := self.container(service):
+            self.engine.run("rm", "--force", name)
 
     def start(self, *services: str) -> None:
         """Start services in order, each once those before are healthy or done: older Podman does not wait."""

@@ -27,7 +27,7 @@ def stack(engine: Engine, folder: Path, backbone: Path, texts: list[Path]) -> It
         recipe = running.folder / "recipes" / "compose.yaml"
         changed = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         changed["train"]["epochs"] = 3
-        changed["output"]["checkpoint_every"] = 1
+        changed["train"]["checkpoint_every"] = 1
         recipe.write_text(yaml.safe_dump(changed), encoding="utf-8")
         running.start("cloud")
         yield running
@@ -42,7 +42,7 @@ def calm(stack: Stack) -> tuple[str, Bill]:
 def disturbed(stack: Stack, fault: Callable[[], None]) -> tuple[str, Bill]:
     """Train anew, with a fault after the third step; the adapter's hash and the cloud's bill."""
     run = stack.folder / "runs" / "quiz" / "first-run"
-    stack.compose("rm", "--force", "--stop", "quiz", check=False)
+    stack.remove("quiz")
     subprocess.run(["rm", "-rf", str(run)], check=True)
     stack.start("quiz")
     stack.wait(lambda: len(edge_bill(run)) >= 6, "no step was taken", 240)
