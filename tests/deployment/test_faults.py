@@ -21,12 +21,12 @@ Bill = dict[tuple[int, str], int]
 
 @pytest.fixture(scope="module")
 def stack(engine: Engine, folder: Path, backbone: Path, texts: list[Path]) -> Iterator[Stack]:
-    """The cloud of docker-compose.yml, healthy, and what its edges need; they train three epochs."""
+    """The cloud of docker-compose.yml, healthy, and what its edges need; they train twelve epochs."""
     with Stack(engine, folder / "faults", "docker-compose.yml", {"MODEL": str(backbone)}) as running:
         prepare_demo(running, texts)
         recipe = running.folder / "recipes" / "compose.yaml"
         changed = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-        changed["train"]["epochs"] = 3
+        changed["train"]["epochs"] = 12
         changed["train"]["checkpoint_every"] = 1
         recipe.write_text(yaml.safe_dump(changed), encoding="utf-8")
         running.start("cloud")
@@ -59,16 +59,13 @@ def edge_bill(run: Path) -> Bill:
     path = run / "ledger.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return {(row["step"], row["kind"]): row["tokens"] for row in rows if "kind" in row and "tokens" in row}
+    return {(row["step"], row["kind"]): row["tokens"] for row in rows if row["row"] == "step"}
 
 
 def cloud_bill(stack: Stack, run: Path) -> Bill:
     """What the cloud's ledger says of the same run."""
-    (name,) = {
-        json.loads(line)["run"]
-        for line in (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
-        if '"kind"' in line
-    }
+    lines = (run / "ledger.jsonl").read_text(encoding="utf-8").splitlines()
+    (name,) = {row["run"] for row in map(json.loads, lines) if row["row"] == "run"}
     with sqlite3.connect(f"file:{stack.folder}/runs/cloud/ledger.db?mode=ro", uri=True) as ledger:
         rows = ledger.execute("SELECT step, kind, tokens FROM steps WHERE run = ?", (name,)).fetchall()
     return {(step, kind): tokens for step, kind, tokens in rows}
