@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from containers.engine import Engine, find_engine
-from containers.images import build_haproxy, build_image
+from containers.images import build_image
 from support.edge_runs import byte_tokenizer, tiny_llama, write_jsonl
 
 
@@ -17,11 +17,6 @@ def engine() -> Engine:
         pytest.skip(found)
     build_image(found)
     return found
-
-
-@pytest.fixture(scope="session")
-def haproxy(engine: Engine) -> str:
-    return build_haproxy(engine)
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
-"""Both compose files run as containers, to the end."""
+"""The compose file of one machine runs as containers, to the end."""
 
 from pathlib import Path
 
 import pytest
 
 from containers.engine import Engine
-from containers.work import run_demo, run_federation
+from containers.work import run_demo
 
 pytestmark = pytest.mark.slow
 
@@ -17,10 +17,3 @@ def test_a_cloud_and_two_edges(engine: Engine, folder: Path, backbone: Path, tex
         assert told["optimizer_steps"] == 6
         assert told["eval_loss"][-1][1] < told["eval_loss"][0][1]
         assert told["retried_steps"] == 0
-
-
-def test_a_federation_with_secure_rounds(
-    engine: Engine, folder: Path, backbone: Path, texts: list[Path], haproxy: str
-) -> None:
-    account = run_federation(engine, folder / "federation", backbone, texts, haproxy)
-    assert [row["updates"] for row in account["rounds"]] == [3]
