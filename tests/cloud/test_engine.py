@@ -1,6 +1,7 @@
 """The engine: forwards and backwards of the trunk equal autograd on the same blocks, whatever it kept."""
 
 import asyncio
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from typing import TypeVar
 
@@ -162,9 +163,14 @@ def test_tenants_take_turns(engine: Engine) -> None:
             await engine.forward(key, _hidden(), _SEGMENTS, _SPAN, keep=False)
             order.append(tenant)
 
-        greedy = [asyncio.create_task(step("greedy", n)) for n in range(40)]
+        all_wait = threading.Event()
+        engine._worker.submit("another", all_wait.wait)
+        steps = [asyncio.create_task(step("greedy", n)) for n in range(40)]
         await asyncio.sleep(0)
-        await asyncio.gather(step("modest", 0), *greedy)
+        steps.append(asyncio.create_task(step("modest", 0)))
+        await asyncio.sleep(0)
+        all_wait.set()
+        await asyncio.gather(*steps)
         return order
 
     assert asyncio.run(run()).index("modest") <= 3

@@ -17,9 +17,9 @@ from rich.console import Console
 from support.federations import Signed
 from support.secure_nodes import SecureNodes, adapter, secure_scenario
 from tightbeam.common.errors import CohortError
+from tightbeam.federation.client import secure
 from tightbeam.federation.contract.records import from_record, to_record
 from tightbeam.federation.runtimes.grid import ClientCall
-from tightbeam.federation.server import secure
 from tightbeam.federation.server.secure import SecureRounds, SecureSum
 from tightbeam.simulations.client_app import app
 from tightbeam.simulations.experiment import run_apps
