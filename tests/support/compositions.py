@@ -19,10 +19,10 @@ def federation(folder: Path, variables: Mapping[str, str]) -> Composition:
     """The services with empty folders, as the head of the file asks; addresses are this test's own."""
     project = folder / "project"
     shutil.copytree(ROOT / "deploy", project / "deploy")
-    (project / "federation" / "certs").mkdir(parents=True)
+    (project / "data" / "federation" / "certs").mkdir(parents=True)
     for name in ("cloud", "server", *EDGES):
-        (project / "federation" / "runs" / name).mkdir(parents=True)
+        (project / "data" / "federation" / "runs" / name).mkdir(parents=True)
     for name in EDGES:
-        (project / "federation" / "data" / name).mkdir(parents=True)
+        (project / "data" / "federation" / "data" / name).mkdir(parents=True)
     services = read_services(ROOT / "docker-compose.federation.yml", variables)
     return Composition(services, project, folder / "containers", network=next(_NETWORKS))

@@ -147,14 +147,14 @@ def test_three_nodes_train_what_one_process_trains(
     file.write_text(yaml.safe_dump(plain), encoding="utf-8")
     variables = {"MODEL": str(backbone), "SCENARIO": str(file)}
     with federation(tmp_path, variables) as composition:
-        data = composition.project / "federation" / "data"
+        data = composition.project / "data" / "federation" / "data"
         for name in EDGES:
             for kind in ("train", "eval"):
                 shutil.copy(here.folder / "clients" / name / f"{kind}.jsonl", data / name)
         composition.start(["submit"])
         composition.wait("submit", 900)
         printed = composition.child("submit").answer.read_text(encoding="utf-8").strip()
-    runs = composition.project / "federation" / "runs"
+    runs = composition.project / "data" / "federation" / "runs"
     server = runs / "server" / load_scenario(file).folder.relative_to("runs")
     assert printed == "runs/federation/report.html"
     assert (server / "report.html").is_file()
