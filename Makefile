@@ -3,7 +3,7 @@
 #   make demo       two edges train against a cloud in other processes; prints where the report is
 #   make test       what must pass before a commit: format, lint, types, import arrows, tests
 #   make test-slow  the tests that need the downloaded model or minutes of compute
-#   make containers builds the image and runs both compose files with Docker or Podman, to the end
+#   make containers builds the image and runs both compose files with Docker or Podman
 
 PYTHON ?= $(shell for p in python3.11 python3 python; do \
             $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
